@@ -1,0 +1,164 @@
+"""What needs a CUDA device, in one call under ten minutes: `make gpu` or `python -m benchmarks.gpu`. Prints one JSON object.
+
+Numerics of every Triton operation against float64, determinism over 40 repeats, and `benchmarks.kernels`. Needs torch, triton and
+numpy alone. The figures also go to benchmarks/results/gpu-DATE-DEVICE.json. Exit code 1 where a check fails, 3 without a device.
+"""
+
+# ruff: noqa: N806 - names of tensors carry their shape
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+RESULTS = Path(__file__).parent / "results"
+REPEATS = 40
+ROUTINGS = ("spread", "empty experts", "all to one", "dropped", "all dropped")
+SHAPES = ((1, 1, 4, 16, 16), (37, 3, 6, 20, 24), (257, 2, 5, 129, 65), (333, 8, 64, 96, 200))  # T, K, E, D, F
+# of ||out - ref|| / ||ref||; products of float32 are in tf32
+MOST = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-3}
+MOST_IEEE = 1e-5
+Check = tuple[str, float, float]  # what was compared, its error, the largest error it may have
+
+
+def choose(kind: str, n_tokens: int, top_k: int, n_experts: int, device: str) -> Tensor:
+    """int64[T, K] of experts; E is a dropped assignment."""
+    expert_TK = torch.rand(n_tokens, n_experts, device=device).argsort(-1)[:, :top_k].clone()
+    if kind == "empty experts":
+        return torch.arange(top_k, device=device).expand(n_tokens, top_k).clone()
+    if kind in ("all to one", "all dropped"):
+        return torch.full_like(expert_TK, n_experts - 1 if kind == "all to one" else n_experts)
+    if kind == "dropped":
+        expert_TK[torch.rand(n_tokens, top_k, device=device) < 0.4] = n_experts
+    return expert_TK
+
+
+def error(out: Tensor, ref: Tensor) -> float:
+    """||out - ref|| / ||ref||, absolute where the reference is zero; 1e30 for what is not finite."""
+    norm = ref.double().norm()
+    found = (out.double() - ref.double()).norm() / torch.where(norm > 0, norm, 1.0)
+    return float(found.nan_to_num(1e30, 1e30))
+
+
+def operations(device: str, dtype: torch.dtype, kind: str, shape: tuple[int, int, int, int, int]) -> Iterator[Check]:
+    """Every operation in Triton on one routing; rows that it must not read hold NaN."""
+    from kernels import experts_naive, experts_triton, grouped_gemm_naive
+    from kernels.combine_triton import combine
+    from kernels.grouped_gemm_triton import Blocks, grouped_gemm, make_tiles
+
+    n_tokens, top_k, n_experts, width, expert_width = shape
+    expert_TK = choose(kind, n_tokens, top_k, n_experts, device)
+    tiles = make_tiles(expert_TK, n_experts, Blocks().rows)
+    kept, end_E = int((expert_TK < n_experts).sum()), tiles.end_E.tolist()
+    x_TD = torch.randn(n_tokens, width, device=device).to(dtype)
+    gate_TK = torch.rand(n_tokens, top_k, device=device)
+    w_in_EHD = torch.randn(n_experts, 2 * expert_width, width, device=device).mul_(width**-0.5).to(dtype)
+    w_out_EDF = torch.randn(n_experts, width, expert_width, device=device).mul_(expert_width**-0.5).to(dtype)
+    act_RF = torch.randn(n_tokens * top_k, expert_width, device=device).to(dtype)
+    act_RF[kept:] = float("nan")
+    products = (("up", x_TD, w_in_EHD, True, False), ("up swiglu", x_TD, w_in_EHD, True, True), ("down", act_RF, w_out_EDF, False, False))
+    for name, a, w, gather, swiglu in products:
+        ref = grouped_gemm_naive.grouped_gemm(a.double(), w.double(), tiles.token_R, end_E, gather=gather, swiglu=swiglu)[:kept]
+        for precision in ("tf32", "ieee") if dtype == torch.float32 else ("tf32",):
+            got = grouped_gemm(a, w, tiles, gather=gather, swiglu=swiglu, precision=precision)[:kept]
+            yield (f"{name} {precision}" if dtype == torch.float32 else name), error(got, ref), MOST_IEEE if precision == "ieee" else MOST[dtype]
+    y_RD = torch.randn(n_tokens * top_k, width, device=device).to(dtype)
+    y_RD[kept:] = float("nan")
+    y_TKD = torch.where((expert_TK < n_experts)[:, :, None], y_RD.double()[tiles.row_TK], 0)
+    yield "combine", error(combine(y_RD, tiles.row_TK, gate_TK, tiles.end_E[-1:]), (y_TKD * gate_TK.double()[:, :, None]).sum(1)), MOST[dtype]
+    for activation in ("swiglu", "geglu", "relu", "gelu"):
+        w_EHD = w_in_EHD if activation in ("swiglu", "geglu") else w_in_EHD[:, :expert_width]
+        got = experts_triton.expert_ffn(x_TD, w_EHD, w_out_EDF, expert_TK, gate_TK, activation)
+        ref = experts_naive.expert_ffn(x_TD.double(), w_EHD.double(), w_out_EDF.double(), expert_TK, gate_TK.double(), activation)
+        yield f"expert_ffn {activation}", error(got, ref), MOST[dtype]
+
+
+def numerics(device: str = "cuda", shapes: tuple[tuple[int, int, int, int, int], ...] = SHAPES) -> tuple[dict[str, float], list[str]]:
+    """The worst error of each operation and type, and the cases that are beyond what they may be."""
+    worst: dict[str, float] = defaultdict(float)
+    failures = []
+    torch.manual_seed(0)
+    for dtype in MOST:
+        for shape in shapes:
+            for kind in ROUTINGS:
+                for name, found, most in operations(device, dtype, kind, shape):
+                    key = f"{name} {str(dtype).removeprefix('torch.')}"
+                    worst[key] = max(worst[key], found)
+                    if found > most:
+                        failures.append(f"{key}, {kind}, T K E D F = {shape}: {found:.2e} > {most:.0e}")
+    return dict(worst), failures
+
+
+def determinism(device: str = "cuda") -> tuple[dict[str, int], list[str]]:
+    """How many of the repeats gave the very bits of the first, for Triton's forward and torch's forward and backward."""
+    from benchmarks.kernels import Layer, Shape
+    from kernels import experts_grouped, experts_triton
+
+    torch.manual_seed(0)
+    layer = Layer.random(Shape(tokens=4096, width=512, expert_width=256, experts=64, top_k=8), device)
+
+    def forward() -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return (layer.moe(experts_triton.expert_ffn),)
+
+    works: dict[str, Callable[[], tuple[Tensor, ...]]] = {
+        "triton forward": forward,
+        "grouped_mm forward+backward": lambda: layer.moe_and_gradients(experts_grouped.expert_ffn),
+    }
+    equal: dict[str, int] = {}
+    for name, work in works.items():
+        first = work()
+        equal[name] = sum(all(torch.equal(a, b) for a, b in zip(work(), first, strict=True)) for _ in range(REPEATS))
+    return equal, [f"{name}: {count} of {REPEATS} repeats gave the same bits" for name, count in equal.items() if count < REPEATS]
+
+
+def versions() -> dict[str, Any]:
+    """What the figures depend on: device, driver, torch and triton."""
+    import triton
+
+    query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout.splitlines()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        driver = "unknown"
+    major, minor = torch.cuda.get_device_capability()
+    found = {"device": torch.cuda.get_device_name(), "capability": f"{major}.{minor}", "driver, clock, power limit": driver}
+    return found | {"torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton.__version__}
+
+
+def check() -> int:
+    """Everything in order; the exit code."""
+    if not torch.cuda.is_available():
+        print("No CUDA device: these checks and figures need one. `make kernels-aot` compiles the kernels without.", file=sys.stderr)
+        return 3
+    started = time.monotonic()
+    from benchmarks.kernels import benchmark
+
+    errors, wrong = numerics()
+    equal, uneven = determinism()
+    failures = wrong + uneven
+    for line in failures:
+        print(line, file=sys.stderr)
+    date = time.strftime("%Y-%m-%d", time.gmtime())
+    figures = {"date": date, "versions": versions(), "failures": failures, "errors": errors, "repeats": REPEATS, "equal_repeats": equal}
+    figures |= {"benchmark": benchmark(), "seconds": round(time.monotonic() - started, 1)}
+    RESULTS.mkdir(exist_ok=True)
+    device = re.sub(r"\W+", "-", torch.cuda.get_device_name()).strip("-").lower()
+    (RESULTS / f"gpu-{date}-{device}.json").write_text(json.dumps(figures, indent=1) + "\n")
+    print(json.dumps(figures))
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)  # read when kernels are imported, which the functions above put off until they run
+    sys.exit(check())

@@ -1,0 +1,1 @@
+"""REST under /api/v1: everything that a page can do."""

@@ -1,0 +1,71 @@
+"""What can be run: presets, the schema of a spec, and prices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django.http import Http404
+from drf_spectacular.utils import extend_schema
+from pydantic import BaseModel
+from rest_framework.request import Request
+from rest_framework.response import Response
+
+from experiments.api.endpoint import Endpoint, items
+from experiments.api.shapes import Described
+from spec import presets
+from spec.accounting import price
+from spec.experiment import ExperimentSpec
+
+
+class PresetResource(presets.Description):
+    """A preset with its spec and price."""
+
+    spec: dict[str, Any]
+    price: dict[str, Any]
+
+
+class PresetList(BaseModel):
+    """Every preset, the small ones first."""
+
+    items: list[presets.Description]
+    next_cursor: None
+
+
+class Presets(Endpoint):
+    """Published architectures, and small ones that train on a laptop."""
+
+    @extend_schema(operation_id="list_presets", responses=PresetList)
+    def get(self, request: Request) -> Response:
+        """Names, titles and sources."""
+        return items([presets.describe(name).model_dump(mode="json") for name in presets.names()])
+
+
+class OnePreset(Endpoint):
+    """A preset."""
+
+    @extend_schema(operation_id="get_preset", responses=PresetResource)
+    def get(self, request: Request, name: str) -> Response:
+        """With its whole spec and what it costs."""
+        try:
+            spec, described = presets.load(name), presets.describe(name)
+        except presets.UnknownPresetError:
+            raise Http404 from None
+        return Response({**described.model_dump(mode="json"), "spec": spec.model_dump(mode="json"), "price": price(spec).model_dump()})
+
+
+class PriceOf(Endpoint):
+    """What a description costs."""
+
+    @extend_schema(operation_id="price", request=Described, responses={200: dict[str, Any]})
+    def post(self, request: Request) -> Response:
+        """Parameters, FLOPs and bytes, of any size and whether or not it can be trained here."""
+        return Response(price(self.body(Described).experiment()).model_dump())
+
+
+class SpecSchema(Endpoint):
+    """The language of experiments."""
+
+    @extend_schema(operation_id="get_spec_schema", responses={200: dict[str, Any]})
+    def get(self, request: Request) -> Response:
+        """JSON Schema of a spec: every field with its range, unit and help."""
+        return Response(ExperimentSpec.model_json_schema())

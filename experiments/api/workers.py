@@ -1,0 +1,126 @@
+"""Workers: who they are, and how they take work."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from django.db.models import Count, Q
+from django.db.models.functions import Now
+from django.utils import timezone
+from drf_spectacular.utils import extend_schema
+from pydantic import BaseModel
+from rest_framework.request import Request
+from rest_framework.response import Response
+
+from experiments import access
+from experiments.actions.claim import HEARTBEAT_S, LEASE_S, WORKER_SILENT_S, Claim, claim
+from experiments.api.endpoint import Endpoint, items
+from experiments.api.problems import FieldError, Problem
+from experiments.api.shapes import ClaimBody, HelloBody
+from experiments.models import LIVE, Role, Worker
+
+
+class WorkerResource(BaseModel):
+    """A host that takes runs; `alive` if it was heard from within a minute."""
+
+    id: int
+    name: str
+    host: str
+    pid: int
+    version: str
+    devices: list[dict[str, Any]]
+    slots: int
+    busy: int
+    runs: list[int]
+    alive: bool
+    last_seen: datetime
+    created_at: datetime
+
+
+class WorkerList(BaseModel):
+    """All workers, those heard from last first."""
+
+    items: list[WorkerResource]
+    next_cursor: None
+
+
+class Welcome(BaseModel):
+    """The worker's id."""
+
+    worker: int
+
+
+class ClaimedRun(BaseModel):
+    """Everything that a supervisor needs."""
+
+    run: int
+    attempt: int
+    token: str
+    spec: dict[str, Any]
+    devices: list[str]
+    resume_from: dict[str, Any] | None
+    ingest_url: str
+    lease_s: int
+    heartbeat_s: int
+
+
+class Workers(Endpoint):
+    """The hosts that take runs."""
+
+    @extend_schema(operation_id="list_workers", responses=WorkerList)
+    def get(self, request: Request) -> Response:
+        """Each with the runs on it that one may see."""
+        visible, held = access.visible_runs(self.principal).filter(state__in=LIVE), Q(runs__state__in=LIVE)
+        on_worker: dict[int | None, list[int]] = {}
+        for run_id, worker_id in visible.order_by("id").values_list("pk", "worker_id"):
+            on_worker.setdefault(worker_id, []).append(run_id)
+        rows = Worker.objects.annotate(busy=Count("runs", filter=held)).order_by("-last_seen", "id")[:1000]
+        return items([self._shown(row, row.busy, on_worker.get(row.pk, [])) for row in rows])
+
+    @staticmethod
+    def _shown(row: Worker, busy: int, runs: list[int]) -> dict[str, Any]:
+        same = {name: getattr(row, name) for name in ("id", "name", "host", "pid", "version", "devices", "slots", "last_seen", "created_at")}
+        alive = (timezone.now() - row.last_seen).total_seconds() < WORKER_SILENT_S
+        return WorkerResource(**same, busy=busy, runs=runs, alive=alive).model_dump(mode="json")
+
+
+class Hello(Endpoint):
+    """A worker's sign of life."""
+
+    @extend_schema(operation_id="worker_hello", request=HelloBody, responses=Welcome)
+    def post(self, request: Request) -> Response:
+        """Registers the worker, or says again that it is there and what it has."""
+        told = self.body(HelloBody).model_dump()
+        worker, _ = Worker.objects.update_or_create(name=told.pop("name"), defaults={**told, "last_seen": Now()})
+        return Response({"worker": worker.pk})
+
+
+class ClaimWork(Endpoint):
+    """A worker's wish for work."""
+
+    @extend_schema(operation_id="worker_claim", request=ClaimBody, responses={200: ClaimedRun, 204: None})
+    def post(self, request: Request) -> Response:
+        """A run for the worker to start, with the attempt's token; 204 if there is none that fits."""
+        body = self.body(ClaimBody)
+        worker = Worker.objects.filter(pk=body.worker).first()
+        if worker is None:
+            raise Problem("invalid", errors=[FieldError(pointer="/worker", detail=f"worker: there is no worker {body.worker}; say hello first")])
+        Worker.objects.filter(pk=worker.pk).update(last_seen=Now())
+        runs = access.visible_runs(self.principal, Role.EDITOR)
+        found = claim(runs, worker=worker, free_slots=body.free_slots, free_devices=body.free_devices)
+        return Response(status=204) if found is None else Response(self._handed_out(found))
+
+    def _handed_out(self, found: Claim) -> dict[str, Any]:
+        run, scheme = found.run, "wss" if self.request.is_secure() else "ws"
+        return ClaimedRun(
+            run=run.pk,
+            attempt=run.attempt,
+            token=found.token,
+            spec=run.spec,
+            devices=found.devices,
+            resume_from=run.resume_from,
+            ingest_url=f"{scheme}://{self.request.get_host()}/ws/ingest/{run.pk}/?attempt={run.attempt}",
+            lease_s=LEASE_S,
+            heartbeat_s=HEARTBEAT_S,
+        ).model_dump(mode="json")

@@ -1,0 +1,1 @@
+"""The socket on which supervisors and recorders send telemetry."""

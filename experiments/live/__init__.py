@@ -1,0 +1,1 @@
+"""The sockets on which browsers watch runs."""

@@ -1,0 +1,46 @@
+"""The tables. PostgreSQL is the truth about every run; Valkey holds nothing that cannot be lost."""
+
+from experiments.models.project import Membership, Project, Role
+from experiments.models.run import LIVE, TERMINAL, Checkpoint, Desired, IdempotencyKey, Run, State, Transition
+from experiments.models.telemetry import (
+    ArchivedScalar,
+    ArchivedTensor,
+    Event,
+    LogChunk,
+    ScalarRollup,
+    SpoolCursor,
+    StepScalar,
+    StepTensor,
+    TensorRollup,
+)
+from experiments.models.token import LoginThrottle, Scope, SignInTicket, Token
+from experiments.models.worker import Presence, Worker
+
+__all__ = [
+    "LIVE",
+    "TERMINAL",
+    "ArchivedScalar",
+    "ArchivedTensor",
+    "Checkpoint",
+    "Desired",
+    "Event",
+    "IdempotencyKey",
+    "LogChunk",
+    "LoginThrottle",
+    "Membership",
+    "Presence",
+    "Project",
+    "Role",
+    "Run",
+    "ScalarRollup",
+    "Scope",
+    "SignInTicket",
+    "SpoolCursor",
+    "State",
+    "StepScalar",
+    "StepTensor",
+    "TensorRollup",
+    "Token",
+    "Transition",
+    "Worker",
+]

@@ -1,0 +1,75 @@
+"""The live page of one run: the shell, which the browser fills over REST and WebSocket, and the parts that the server writes."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from django.http import Http404, HttpRequest, HttpResponse
+from django.shortcuts import render
+
+from experiments.access import Principal, roles_include, visible_runs
+from experiments.api.resources import run_json
+from experiments.models import Role, Run
+from experiments.pages.gate import page
+from spec.diff import diff
+from spec.experiment import ExperimentSpec
+from spec.yaml_text import dump
+
+
+@page
+def detail(request: HttpRequest, principal: Principal, run_id: int) -> HttpResponse:
+    """The page."""
+    run = _run(principal, run_id)
+    shown = run_json(run)
+    context = {
+        "run": shown,
+        "page_data": {"run": shown, "log_size": run.log_size},
+        "expert_ranks": run.spec.get("parallel", {}).get("expert", 1),
+        "may_edit": roles_include(principal, run.project_id, Role.EDITOR),
+        "may_delete": roles_include(principal, run.project_id, Role.ADMIN),
+    }
+    return render(request, "pages/run.html", context)
+
+
+@page
+def panel(request: HttpRequest, principal: Principal, run_id: int, panel: str) -> HttpResponse:
+    """A tab of the page, fetched when it is opened."""
+    run = _run(principal, run_id)
+    if panel == "timeline":
+        return render(request, "pages/_timeline.html", {"transitions": run.transitions.order_by("-id")})
+    if panel == "checkpoints":
+        return render(request, "pages/_checkpoints.html", {"checkpoints": run.checkpoints.order_by("-step", "-attempt")})
+    if panel == "spec":
+        return render(request, "pages/_spec.html", _spec_context(principal, run))
+    raise Http404
+
+
+def spec_yaml(plain: dict[str, Any]) -> str:
+    """A stored spec as YAML; as JSON where it is of an older version of the language."""
+    try:
+        return dump(ExperimentSpec.model_validate(plain))
+    except ValueError:
+        return json.dumps(plain, indent=2)
+
+
+def _spec_context(principal: Principal, run: Run) -> dict[str, Any]:
+    parent = visible_runs(principal).filter(pk=run.parent_id).first() if run.parent_id else None
+    changed = [(path, json.dumps(there), json.dumps(here)) for path, there, here in diff(parent.spec, run.spec)] if parent else []
+    return {
+        "run": run_json(run),
+        "yaml": spec_yaml(run.spec) if run.spec else "# reported by an outside trainer: moelab has no spec of it",
+        "parent": parent,
+        "diff": changed,
+        "tokens_per_step": run.tokens_per_step,
+        "ops": run.ops,
+        "versions": run.versions,
+        "device_names": run.device_names,
+    }
+
+
+def _run(principal: Principal, run_id: int) -> Run:
+    run = visible_runs(principal).select_related("project", "owner", "worker").filter(pk=run_id).first()
+    if run is None:
+        raise Http404
+    return run

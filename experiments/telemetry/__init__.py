@@ -1,0 +1,1 @@
+"""The telemetry store: writing, roll-ups, reading at any zoom, export."""

@@ -1,0 +1,52 @@
+"""The loss of many runs at once, in at most 40 points each: one row for each point, by key."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from experiments.models import Run
+from experiments.telemetry.rows import LEVELS, query
+
+POINTS = 40
+METRIC = "loss"
+
+_STEPS = """
+SELECT w.run, s.vals[w.place] FROM unnest(%s::bigint[], %s::int[], %s::int[]) AS w(run, step, place)
+JOIN experiments_stepscalar s ON s.run_id = w.run AND s.step = w.step ORDER BY w.run, w.step
+"""
+_BUCKETS = """
+SELECT w.run, s.sums[w.place] / NULLIF(s.counts[w.place], 0)
+FROM unnest(%s::bigint[], %s::int[], %s::int[], %s::int[]) AS w(run, step, place, level)
+JOIN experiments_scalarrollup s ON s.run_id = w.run AND s.level = w.level AND s.bucket = w.step ORDER BY w.run, w.step
+"""
+
+
+def sparklines(run_ids: Sequence[int]) -> dict[int, list[float]]:
+    """The loss of each run, evenly spread over its steps: single steps of short runs, means over buckets of longer ones."""
+    steps: list[tuple[int, int, int]] = []
+    buckets: list[tuple[int, int, int, int]] = []
+    for run_id, last, names in Run.objects.filter(pk__in=run_ids).values_list("pk", "last_step", "metric_names"):
+        if METRIC not in names:
+            continue
+        place = names.index(METRIC) + 1
+        level = max((level for level in LEVELS if last >= POINTS * level), default=1)
+        if level == 1:
+            steps += [(run_id, step, place) for step in _spread(1, last)]
+        else:
+            buckets += [(run_id, bucket, place, level) for bucket in _spread(0, last // level - 1)]
+    lines: dict[int, list[float]] = {run_id: [] for run_id in run_ids}
+    for sql, wanted in ((_STEPS, steps), (_BUCKETS, buckets)):
+        if wanted:
+            for run_id, value in query(sql, [list(column) for column in zip(*wanted, strict=True)]):
+                if value is not None and math.isfinite(value):
+                    lines[run_id].append(value)
+    return lines
+
+
+def _spread(first: int, last: int) -> list[int]:
+    """At most POINTS whole numbers from `first` to `last`, both included."""
+    count = last - first + 1
+    if count <= POINTS:
+        return list(range(first, last + 1))
+    return sorted({first + round(i * (count - 1) / (POINTS - 1)) for i in range(POINTS)})

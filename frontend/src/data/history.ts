@@ -1,0 +1,99 @@
+/** Fetches what the store lacks: the whole run, a zoom, a layer, the rows around the cursor. Stale answers are dropped. */
+import { getBlock, getJson } from "./api";
+import { LayerHistory } from "./layer";
+import { planFetch } from "./plan";
+import { Series } from "./series";
+import { chunkSteps, snapshotsOf } from "./snapshot";
+import { decodeSteps, type Steps } from "./steps";
+import type { RunStore } from "./store";
+import type { RunEvent } from "./types";
+
+const SCALAR_PIECES = 4;
+const LAYER_PIECES = 2;
+const MAX_EVENT_PAGES = 20;
+const MAX_TURNS = 5;
+
+export class History {
+  private readonly aborts = new Map<string, AbortController>();
+
+  constructor(private readonly store: RunStore) {}
+
+  /** Steps after what is held, up to `to`, into the whole series. */
+  async fill(to: number): Promise<void> {
+    const signal = this.fresh("fill");
+    const from = this.store.lastStep + 1;
+    if (to < from) return;
+    const plan = planFetch(this.store.whole.length ? from : 1, to, SCALAR_PIECES);
+    if (!this.store.whole.length) this.store.whole = new Series(plan.level);
+    for (const piece of plan.pieces) this.store.applySteps(await this.steps(piece.from, piece.to, "scalars=*&tensors=", signal), false);
+  }
+
+  /** The series of the chosen range at its own level of detail. */
+  async zoom(): Promise<void> {
+    const signal = this.fresh("zoom");
+    const range = this.store.range;
+    if (!range) return;
+    const plan = planFetch(range.from, range.to, SCALAR_PIECES);
+    if (plan.level >= this.store.whole.level) return;
+    const series = new Series(plan.level, range.from - 1);
+    for (const piece of plan.pieces) series.apply(await this.steps(piece.from, piece.to, "scalars=*&tensors=", signal));
+    this.store.zoomed = series;
+    this.store.emit("steps");
+  }
+
+  /** The chosen layer's counts, for the whole run or for the chosen range. */
+  async layer(): Promise<void> {
+    const { store } = this;
+    const signal = this.fresh("layer");
+    const { experts, moe_layers: layers } = store.run;
+    const to = store.lastStep;
+    if (!experts || !layers.length || !to) return;
+    const range = store.range ?? { from: 1, to };
+    const plan = planFetch(range.from, Math.min(range.to, to), LAYER_PIECES);
+    const history = new LayerHistory(store.layer, experts, plan.level, range.from - 1);
+    const query = `scalars=&tensors=expert_tokens&layer=${layers[store.layer]}`;
+    for (const piece of plan.pieces) history.apply(await this.steps(piece.from, piece.to, query, signal));
+    // Live rows go by while this is fetched: take what it missed before it hears them itself.
+    for (let turn = 0; !store.range && turn < MAX_TURNS && store.lastStep > history.lastStep; turn++) {
+      history.apply(await this.steps(history.lastStep + 1, store.lastStep, query, signal));
+    }
+    if (store.range) store.layerZoomed = history;
+    else store.layerWhole = history;
+    store.emit("layer", "steps");
+  }
+
+  /** The rows around the cursor, unless they are here. */
+  async snapshot(): Promise<void> {
+    const { store } = this;
+    const { experts, moe_layers: layers } = store.run;
+    if (!layers.length || !store.step || store.snapshots.at(store.step)) return;
+    const signal = this.fresh("snapshot");
+    const span = chunkSteps(layers.length, experts);
+    const from = Math.max(store.step - Math.ceil(span / 2), 1);
+    const to = Math.max(Math.min(from + span, store.lastStep), store.step);
+    const rows = await this.steps(from, to, "scalars=&tensors=expert_tokens,router_prob,dropped,expert_bias", signal);
+    store.snapshots.add(from, to, snapshotsOf(rows));
+    store.emit("snapshot");
+  }
+
+  async events(): Promise<void> {
+    let cursor: string | null = "";
+    for (let page = 0; page < MAX_EVENT_PAGES && cursor !== null; page++) {
+      const query: string = cursor ? `?cursor=${encodeURIComponent(cursor)}` : "";
+      const answer: { items: RunEvent[]; next_cursor: string | null } = await getJson(`/runs/${this.store.run.id}/events${query}`);
+      this.store.applyEvents(answer.items);
+      cursor = answer.next_cursor;
+    }
+  }
+
+  private async steps(from: number, to: number, query: string, signal: AbortSignal): Promise<Steps> {
+    return decodeSteps(await getBlock(`/runs/${this.store.run.id}/steps?from=${from}&to=${to}&points=2000&${query}`, signal));
+  }
+
+  private fresh(what: string): AbortSignal {
+    this.aborts.get(what)?.abort();
+    const abort = new AbortController();
+    this.aborts.set(what, abort);
+    return abort.signal;
+  }
+}

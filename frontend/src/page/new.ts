@@ -1,0 +1,129 @@
+/** The page of a new run: form and YAML say the same, the accountant prices it, errors stand at their fields. */
+import { parseDocument, stringify } from "yaml";
+import { ApiError, change, getJson } from "../data/api";
+import { getPath, isObject, type Plain, type PlainObject } from "../data/paths";
+import type { Run } from "../data/types";
+import { byId, pageData } from "../view/dom";
+import { debounced } from "../view/frame";
+import { clearErrors, showErrors } from "../view/spec-errors";
+import { readForm, showParts, writeForm } from "../view/spec-form";
+import { showPrice, type Price } from "../view/price";
+import { tellError } from "../view/toast";
+
+const form = byId<HTMLFormElement>("spec-form");
+const yaml = byId<HTMLTextAreaElement>("yaml");
+const launch = byId<HTMLButtonElement>("launch");
+const initial = pageData<PlainObject>("spec-data");
+let spec: PlainObject = initial;
+let abort = new AbortController();
+/** Whether the YAML can be read; while it cannot, there is nothing to check. */
+let readable = true;
+/** One key for one description: pressing Launch twice makes one run. */
+let submission = crypto.randomUUID();
+
+const check = debounced(250, () => void validate().catch(tellError));
+
+function setSpec(next: PlainObject, from: "form" | "yaml" | "both"): void {
+  spec = next;
+  readable = true;
+  submission = crypto.randomUUID();
+  if (from !== "form") writeForm(form, spec, initial);
+  if (from !== "yaml") yaml.value = stringify(spec, { lineWidth: 0 });
+  byId("yaml-text").textContent = yaml.value;
+  check();
+}
+
+async function validate(): Promise<void> {
+  abort.abort();
+  if (!readable) return;
+  abort = new AbortController();
+  const { signal } = abort;
+  const asked = spec;
+  const steps = Number(getPath(asked, "training.steps") ?? getPath(initial, "training.steps")) || 0;
+  try {
+    const answer = await change<{ price: Price }>("POST", "/runs/validate", { spec: asked }, {}, signal);
+    clearErrors(form);
+    showPrice(answer.price, steps);
+  } catch (error) {
+    if (!(error instanceof ApiError) || error.problem.status !== 422) throw error;
+    showErrors(form, asked, error.problem, jump);
+    // What cannot be trained here can often still be priced.
+    const priced = await change<Price | { price: Price }>("POST", "/price", { spec: asked }, {}, signal).catch(() => null);
+    showPrice(priced && "price" in priced ? priced.price : priced, steps);
+  }
+}
+
+function readYaml(): void {
+  const document = parseDocument(yaml.value, { uniqueKeys: true });
+  const wrong = document.errors[0];
+  const plain = wrong ? null : (document.toJS({ maxAliasCount: 0 }) as Plain);
+  byId("yaml-text").textContent = yaml.value;
+  if (wrong || !isObject(plain)) {
+    readable = false;
+    abort.abort();
+    const at = wrong?.linePos?.[0];
+    const detail = wrong ? `line ${at?.line ?? "?"}: ${wrong.message.split("\n")[0]}` : "a spec is a mapping of fields";
+    showErrors(form, spec, { title: detail, status: 422 }, () => yaml.focus());
+    showPrice(null, 0);
+    return;
+  }
+  setSpec(plain, "yaml");
+}
+
+/** Puts the caret where `path` stands in the YAML. */
+function jump(path: string): void {
+  const document = parseDocument(yaml.value);
+  const keys = path.split(".").map((key) => (/^\d+$/.test(key) ? Number(key) : key));
+  let node: unknown;
+  while (keys.length && !(node = document.getIn(keys, true))) keys.pop();
+  const range = (node as { range?: [number, number] } | undefined)?.range;
+  yaml.focus();
+  if (range) yaml.setSelectionRange(range[0], range[1]);
+}
+
+async function usePreset(name: string): Promise<void> {
+  if (!name) return setSpec(initial, "both");
+  const preset = await getJson<{ spec: PlainObject }>(`/presets/${encodeURIComponent(name)}`);
+  setSpec(preset.spec, "both");
+}
+
+async function submit(): Promise<void> {
+  if (!readable) return yaml.focus();
+  const tags = byId<HTMLInputElement>("run-tags").value.split(",").map((tag) => tag.trim()).filter(Boolean);
+  const project = byId<HTMLSelectElement>("run-project").value;
+  const body: PlainObject = { spec, tags, ...(project && { project }) };
+  launch.disabled = true;
+  launch.setAttribute("aria-busy", "true");
+  try {
+    const run = form.dataset.parent ? await submitClone(Number(form.dataset.parent), body) : await change<Run>("POST", "/runs", body, { "Idempotency-Key": submission });
+    location.assign(`/runs/${run.id}`);
+  } catch (error) {
+    launch.disabled = false;
+    launch.removeAttribute("aria-busy");
+    if (!(error instanceof ApiError) || error.problem.status !== 422) return tellError(error);
+    showErrors(form, spec, error.problem, jump);
+    form.querySelector<HTMLElement>("[aria-invalid]")?.focus();
+  }
+}
+
+/** A clone keeps its parent, so that the run page can show what differs. */
+function submitClone(parent: number, body: PlainObject): Promise<Run> {
+  const set = Object.fromEntries(Object.keys(spec).filter((key) => key !== "name").map((key) => [key, spec[key]]));
+  return change<Run>("POST", `/runs/${parent}/clone`, { set, name: spec.name ?? "untitled" }, { "Idempotency-Key": submission }).then(async (run) => {
+    if ((body.tags as string[]).length) await change("PATCH", `/runs/${run.id}`, { tags: body.tags });
+    return run;
+  });
+}
+
+form.addEventListener("input", (event) => {
+  if ((event.target as Element).closest(".preset-row")) return;
+  showParts(form);
+  setSpec(readForm(form), "form");
+});
+form.addEventListener("submit", (event) => {
+  event.preventDefault();
+  void submit();
+});
+yaml.addEventListener("input", debounced(250, readYaml));
+byId<HTMLSelectElement>("preset").addEventListener("change", (event) => void usePreset((event.target as HTMLSelectElement).value).catch(tellError));
+setSpec(initial, "both");

@@ -1,0 +1,65 @@
+/** The head of the run page: state, progress, time left, figures, and the tab's title. */
+import { compact, duration, metric, percent, whole } from "../data/format";
+import type { RunStore } from "../data/store";
+import { TERMINAL, type Run } from "../data/types";
+import { all, byId, setText } from "./dom";
+import { perFrame } from "./frame";
+
+const MARKS: Record<string, string> = { succeeded: "✓", failed: "✕", cancelled: "⊘", paused: "⏸" };
+
+export function initHeader(store: RunStore): void {
+  const draw = perFrame(() => drawHeader(store));
+  store.on(["run", "steps", "cursor", "events"], draw);
+  setInterval(draw, 1000);
+  draw();
+}
+
+function drawHeader(store: RunStore): void {
+  const { run } = store;
+  const step = Math.max(store.lastStep, run.last_step);
+  const progress = run.steps ? Math.min(step / run.steps, 1) : run.progress;
+  const state = byId("state");
+  state.dataset.state = run.state;
+  setText(state, run.state);
+  setText(byId("reason"), reasonText(run));
+  byId("reason").classList.toggle("bad", run.state === "failed");
+  const bar = byId<HTMLProgressElement>("progress");
+  bar.value = progress;
+  bar.dataset.state = run.state;
+  setText(byId("progress-text"), progressText(run, step, progress));
+  for (const node of all("[data-stat]")) setText(node, statText(store, node.dataset.stat!));
+  for (const button of all<HTMLElement>("[data-when]")) button.hidden = !button.dataset.when!.split(" ").includes(run.state);
+  const mark = TERMINAL.has(run.state) || run.state === "paused" ? MARKS[run.state] : percent(progress, 0);
+  document.title = `${mark} ${run.name} · moelab`;
+}
+
+function reasonText(run: Run): string {
+  const exit = run.exit_code === null || run.exit_code === undefined ? "" : ` (exit code ${run.exit_code})`;
+  if (run.state === "failed") return [run.reason.replaceAll("_", " ") + exit, run.detail].filter(Boolean).join(": ");
+  if (run.state === "succeeded") return "";
+  return run.state === "queued" ? run.detail || "waiting for a worker with free devices" : run.detail;
+}
+
+function progressText(run: Run, step: number, progress: number): string {
+  const steps = run.steps ? `step ${whole(step)} of ${whole(run.steps)}` : `step ${whole(step)}`;
+  if (TERMINAL.has(run.state)) return `${steps} · took ${duration(tookSeconds(run))}`;
+  const left = run.state === "running" && run.seconds_left !== null ? ` · ${duration(run.seconds_left)} left` : "";
+  return `${steps} · ${percent(progress, 0)}${left}`;
+}
+
+function tookSeconds(run: Run): number {
+  const end = run.ended_at ? new Date(run.ended_at).getTime() : Date.now();
+  return run.started_at ? (end - new Date(run.started_at).getTime()) / 1000 : NaN;
+}
+
+/** A figure of the strip: a metric at the chosen step, or a fact of the run. */
+function statText(store: RunStore, name: string): string {
+  const { run, series } = store;
+  if (name === "val_loss") return metric(run.best_val_loss);
+  if (name === "spikes") return String(store.events.filter((event) => event.kind === "spike_detected").length || run.spikes || 0);
+  const row = series.rowAt(store.step);
+  const value = (row >= 0 ? series.view(name)?.mean[row] : undefined) ?? run.summary?.[name];
+  if (name === "tokens_per_s") return compact(store.follow && run.tokens_per_s ? run.tokens_per_s : value);
+  if (name === "dropped_share") return value === undefined || value === null ? "–" : percent(value, 1);
+  return metric(value);
+}

@@ -1,0 +1,51 @@
+/** What the pictures say of one cell, in words and in tables. */
+import { fairRatios } from "../data/fair";
+import { metric, percent, whole } from "../data/format";
+import type { Snapshot } from "../data/snapshot";
+import type { RunStore } from "../data/store";
+import type { Rows } from "./behind";
+
+/** `layer` is a row of the tensors. */
+export interface Reading {
+  layer: number;
+  expert: number;
+  step: number;
+}
+
+/** "layer 3 · expert 5 · 1,204 tokens · 14.7 % · 1.18 × fair share · probability 0.131". */
+export function readCell(store: RunStore, { layer, expert, step }: Reading, ratio: number | undefined): string {
+  const row = store.snapshots.at(step);
+  const exact = row && Math.abs(row.step - step) < 1 ? cellParts(row, layer, expert) : ratio === undefined ? [] : [share(ratio, store.run.experts), fair(ratio)];
+  return [`step ${whole(step)}`, `layer ${store.run.moe_layers[layer] ?? layer}`, `expert ${expert}`, ...exact].join(" · ");
+}
+
+const share = (ratio: number, experts: number): string => `${percent(ratio / experts)} of the tokens`;
+const fair = (ratio: number): string => (ratio === 0 ? "dead: no token" : `${metric(ratio)} × fair share`);
+
+function cellParts(row: Snapshot, layer: number, expert: number): string[] {
+  const at = layer * row.experts + expert;
+  const ratio = fairRatios(row.tensors.expert_tokens, row.layers, row.experts)[at];
+  const { router_prob: prob, dropped, expert_bias: bias } = row.tensors;
+  return [
+    `${whole(row.tensors.expert_tokens[at])} tokens`,
+    share(ratio, row.experts),
+    fair(ratio),
+    ...(prob ? [`probability ${metric(prob[at])}`] : []),
+    ...(dropped?.[at] ? [`${whole(dropped[at])} dropped`] : []),
+    ...(bias ? [`bias ${metric(bias[at])}`] : []),
+  ];
+}
+
+/** The chosen layer at the chosen step, an expert a row. */
+export function layerRows(store: RunStore): Rows {
+  const row = store.snapshots.at(store.step);
+  const head = ["expert", "tokens", "share", "× fair share", "probability", "dropped", "bias"];
+  if (!row) return { head, rows: [] };
+  const ratios = fairRatios(row.tensors.expert_tokens, row.layers, row.experts);
+  const { router_prob: prob, dropped, expert_bias: bias, expert_tokens: tokens } = row.tensors;
+  const rows = Array.from({ length: row.experts }, (_, e) => {
+    const at = store.layer * row.experts + e;
+    return [String(e), whole(tokens[at]), percent(ratios[at] / row.experts, 2), metric(ratios[at]), prob ? metric(prob[at]) : "–", dropped ? whole(dropped[at]) : "–", bias ? metric(bias[at]) : "–"];
+  });
+  return { head, rows };
+}

@@ -1,0 +1,57 @@
+/** Puts what the server refuses at the field it lies in, in a list under the YAML, and counts it over the form. */
+import { getPath, isObject, pathOf, type PlainObject } from "../data/paths";
+import type { Problem } from "../data/types";
+import { all, byId, el } from "./dom";
+
+export type FieldProblem = { pointer: string; detail: string };
+
+export function clearErrors(form: HTMLElement): void {
+  for (const field of all("[data-path]", form)) setError(field, "");
+  byId("form-errors").hidden = true;
+  byId("yaml-errors").replaceChildren();
+}
+
+/** Shows the problem's errors. `jump` moves the YAML's caret to a path. */
+export function showErrors(form: HTMLElement, spec: PlainObject, problem: Problem, jump: (path: string) => void): void {
+  clearErrors(form);
+  const errors: FieldProblem[] = problem.errors?.length ? problem.errors : [{ pointer: "", detail: problem.detail || problem.title }];
+  const homeless: string[] = [];
+  for (const { pointer, detail } of errors) {
+    const field = fieldAt(form, spec, pathOf(pointer));
+    if (field) setError(field, detail);
+    else homeless.push(detail);
+  }
+  const banner = byId("form-errors");
+  banner.textContent = homeless.join(" · ");
+  banner.hidden = homeless.length === 0;
+  byId("yaml-errors").replaceChildren(...errors.map((error) => errorItem(error, jump)));
+}
+
+function errorItem({ pointer, detail }: FieldProblem, jump: (path: string) => void): HTMLElement {
+  const path = pathOf(pointer);
+  const button = el("button", { type: "button" }, path ? `${path}: ${detail.replace(`${path.split(".").at(-1)}: `, "")}` : detail);
+  button.addEventListener("click", () => jump(path));
+  return el("li", {}, button);
+}
+
+/** The field of a path; for a path into a list of terms, the field of the term of that kind. */
+function fieldAt(form: HTMLElement, spec: PlainObject, path: string): HTMLElement | undefined {
+  const shown = (field: Element) => !field.closest("[data-off]");
+  const exact = all(`[data-path="${CSS.escape(path)}"]`, form).find((field) => shown(field) && !field.closest("[data-term]"));
+  if (exact) return exact;
+  const [, list, index, key] = path.match(/^(.*)\.(\d+)(?:\.(\w+))?$/) ?? [];
+  const term = list && getPath(spec, `${list}.${index}`);
+  if (!isObject(term ?? null)) return undefined;
+  const box = form.querySelector(`[data-term="${CSS.escape(String((term as PlainObject).kind))}"]`);
+  return box ? all("[data-path]", box).find((field) => !key || field.dataset.path!.endsWith(`.${key}`)) : undefined;
+}
+
+function setError(field: HTMLElement, text: string): void {
+  const out = field.querySelector<HTMLElement>(".error")!;
+  out.textContent = text;
+  out.hidden = !text;
+  const input = field.querySelector<HTMLElement>("input, select, textarea")!;
+  if (text) input.setAttribute("aria-invalid", "true");
+  else input.removeAttribute("aria-invalid");
+  if (text) field.closest("details")?.setAttribute("open", "");
+}

@@ -1,0 +1,72 @@
+import { expect, test } from "vitest";
+import { deadCount, fairRatios, maxVio } from "../src/data/fair";
+import { LayerHistory, binRatios } from "../src/data/layer";
+import { Snapshots, snapshotsOf } from "../src/data/snapshot";
+import { decodeSteps } from "../src/data/steps";
+import { DEAD, NONE, REACH, SIZE, indexOf, lut } from "../src/view/colour";
+import { fixture, rows } from "./blocks";
+
+test("ratios to the fair share: 1 is even, a layer without tokens is unknown", () => {
+  const ratios = fairRatios(Uint32Array.from([1, 1, 2, 0, 0, 0]), 2, 3);
+  expect([...ratios.subarray(0, 3)]).toEqual([0.75, 0.75, 1.5]);
+  expect(ratios[3]).toBeNaN();
+  expect(maxVio(ratios.subarray(0, 3))).toBe(0.5);
+  expect(deadCount(Float32Array.from([0, 1, 2]))).toBe(1);
+});
+
+test("a layer's history takes its own row of whole blocks, and the only row of its own", () => {
+  const whole = new LayerHistory(1, 4);
+  whole.apply(decodeSteps(fixture("steps.bin")));
+  expect([...whole.tokens.subarray(0, 8)]).toEqual([4, 5, 6, 7, 12, 13, 14, 15]);
+  const alone = new LayerHistory(1, 2);
+  alone.apply(rows([1, 2], [0, 0], { tokens: [[3, 1], [2, 2]] }));
+  expect([...alone.ratios(0)]).toEqual([1.5, 1]);
+});
+
+test("coarse rows and live rows of a layer add up", () => {
+  const history = new LayerHistory(0, 2, 64);
+  history.apply(rows([63], [0], { level: 64, n: [63], tokens: [[63, 0]] }));
+  history.apply(rows([64, 65], [0, 0], { tokens: [[0, 1], [5, 5]] }));
+  expect(history.length).toBe(2);
+  expect([...history.tokens.subarray(0, 4)]).toEqual([63, 1, 5, 5]);
+});
+
+test("bins sum their rows and never exceed the columns there are", () => {
+  const history = new LayerHistory(0, 2);
+  history.apply(rows([1, 2, 3, 4], [0, 0, 0, 0], { tokens: [[2, 0], [0, 2], [4, 0], [4, 0]] }));
+  const { ratios, columns, steps } = binRatios(history, 1, 4, 2);
+  expect(columns).toBe(2);
+  expect([...ratios]).toEqual([1, 2, 1, 0]);
+  expect([...steps]).toEqual([2, 4]);
+  expect(binRatios(history, 3, 4, 100).columns).toBe(2);
+});
+
+test("the row at a step is the last one up to it, in the chunk that covers it", () => {
+  const snapshots = new Snapshots();
+  snapshots.add(1, 30, snapshotsOf(rows([10, 20, 30], [0, 0, 0], { tokens: [[1], [2], [3]] })));
+  expect(snapshots.at(25)?.step).toBe(20);
+  expect(snapshots.at(3)?.step).toBe(10);
+  expect(snapshots.at(31)).toBeUndefined();
+  snapshots.append(snapshotsOf(rows([31, 32], [0, 0], { tokens: [[4], [5]] })));
+  expect(snapshots.at(32)?.tensors.expert_tokens[0]).toBe(5);
+});
+
+test("lets old rows go when there are too many cells", () => {
+  const snapshots = new Snapshots(600);
+  const wide = [new Array<number>(100).fill(1)];
+  for (let step = 1; step <= 8; step++) snapshots.add(step, step, snapshotsOf(rows([step], [0], { tokens: wide })));
+  expect(snapshots.at(1)).toBeUndefined();
+  expect(snapshots.at(8)).toBeDefined();
+});
+
+test("colours: the fair share lies in the middle, the ends are clamped, the dead stand out", () => {
+  expect(indexOf(1)).toBe(Math.round((SIZE - 1) / 2));
+  expect([indexOf(2 ** -REACH), indexOf(1e-9), indexOf(2 ** REACH), indexOf(1e9)]).toEqual([0, 0, SIZE - 1, SIZE - 1]);
+  expect([indexOf(0), indexOf(NaN)]).toEqual([DEAD, NONE]);
+  for (const theme of ["dark", "light"] as const) {
+    const table = lut(theme);
+    expect(new Set([...table.subarray(0, SIZE)]).size).toBeGreaterThan(200);
+    expect(table[NONE]).toBe(0);
+    expect([...table.subarray(0, SIZE)]).not.toContain(table[DEAD]);
+  }
+});

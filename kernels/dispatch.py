@@ -1,0 +1,62 @@
+"""The one place that chooses which implementation runs an operation on a device, and says which it was."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import attention_cpu, experts_cpu, experts_grouped, experts_naive, rms_norm_cpu
+
+
+def expert_ffn(x_TD: Tensor, w_in_EHD: Tensor, w_out_EDF: Tensor, expert_TK: Tensor, gate_TK: Tensor, activation: str) -> Tensor:
+    """y_t = sum_k gate_tk * FFN_expert_tk(x_t), with products in x's dtype; expert E stands for a dropped assignment.
+
+    H is 2F (gate rows first) for swiglu and geglu, F for relu and gelu. Differentiable in all but `expert_TK` (int64).
+    """
+    which = _expert_ffn(x_TD.device.type, x_TD.dtype, training=torch.is_grad_enabled())
+    if which == "triton":
+        from kernels import experts_triton
+
+        return experts_triton.expert_ffn(x_TD, w_in_EHD, w_out_EDF, expert_TK, gate_TK, activation)
+    run = {"cpu": experts_cpu.expert_ffn, "grouped_mm": experts_grouped.expert_ffn, "naive": experts_naive.expert_ffn}[which]
+    return run(x_TD, w_in_EHD, w_out_EDF, expert_TK, gate_TK, activation)
+
+
+def _expert_ffn(device: str, dtype: torch.dtype, *, training: bool) -> str:
+    if device == "cpu":
+        return "cpu"
+    if device == "cuda" and not training and find_spec("triton"):
+        return "triton"
+    return "grouped_mm" if device == "cuda" and dtype == torch.bfloat16 else "naive"
+
+
+def attend(q_BHSC: Tensor, k_BGSC: Tensor, v_BGSV: Tensor) -> Tensor:
+    """Causal softmax attention, [B, H, S, V]; consecutive query heads share a key-value head.
+
+    On CPUs torch's flash kernel is the faster one in float32, ours in bfloat16.
+    """
+    if q_BHSC.device.type == "cpu" and q_BHSC.dtype == torch.bfloat16:
+        return attention_cpu.attend(q_BHSC, k_BGSC, v_BGSV)
+    return F.scaled_dot_product_attention(q_BHSC, k_BGSC, v_BGSV, is_causal=True, enable_gqa=q_BHSC.shape[1] != k_BGSC.shape[1])
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """weight * x / sqrt(mean(x^2) + eps) over the last dimension, computed in x's dtype and given in `dtype`."""
+    if x.device.type == "cpu":
+        return rms_norm_cpu.rms_norm(x, weight_D, eps, dtype)
+    return F.rms_norm(x, weight_D.shape, weight_D, eps).to(dtype)
+
+
+def implementations(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, str]:
+    """Operation to the implementation that runs it on `device` for products in `dtype`; shown on the run page."""
+    kind = torch.device(device).type
+    ours = kind == "cpu"
+    return {
+        "expert_ffn": _expert_ffn(kind, dtype, training=True),
+        "expert_ffn (evaluation)": _expert_ffn(kind, dtype, training=False),
+        "attention": "cpu" if ours and dtype == torch.bfloat16 else "sdpa",
+        "rms_norm": "cpu" if ours else "torch",
+    }

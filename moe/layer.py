@@ -1,0 +1,77 @@
+"""The MoE layer: h_t = sum_shared FFN(u_t) + sum_k g_tk FFN_k(u_t) (DeepSeekMoE, eq. 9), with its statistics.
+
+Letters: B sequences, S tokens in each, T = B * S, D width, E experts, K chosen per token, N balancing terms with a loss.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe import balance, dispatch
+from moe.experts import Experts
+from moe.feedforward import FeedForward
+from moe.router import Router
+from moe.routing import Decision, LayerStats
+from spec import experiment
+
+
+class MoeLayer(nn.Module):
+    """Router, routed experts and shared experts in the place of a feed-forward layer."""
+
+    def __init__(self, spec: experiment.Model) -> None:
+        super().__init__()
+        moe = spec.moe
+        if moe is None:
+            raise ValueError("model.moe is null: there is no MoE layer to build")
+        self.spec = moe
+        self.terms = balance.loss_terms(moe.balance)
+        self.bias_rate = balance.bias_update_rate(moe.balance)
+        self.router = Router(moe.router, spec.d_model, moe.n_experts, moe.top_k, biased=self.bias_rate is not None)
+        self.experts = Experts(moe.n_experts, spec.d_model, moe.d_expert, spec.activation)
+        self.shared = FeedForward(spec.d_model, moe.n_shared * moe.shared_width, spec.activation) if moe.n_shared else None
+        self.shared_gate = nn.Parameter(torch.empty(1, spec.d_model)) if moe.n_shared and moe.shared_gate else None
+
+    def forward(self, x_BSD: Tensor) -> tuple[Tensor, Tensor, LayerStats]:
+        """The layer's output [B, S, D], its weighted balancing loss, and its statistics."""
+        x_TD = x_BSD.flatten(0, 1)
+        decision: Decision = self.router(x_TD)
+        expert_TK = decision.expert_TK
+        n_experts = self.spec.n_experts
+        count_E = torch.bincount(expert_TK.flatten(), minlength=n_experts)
+        dropped_E = torch.zeros_like(count_E)
+        most = dispatch.limit(self.spec.capacity, len(x_TD), self.spec.top_k, n_experts, training=self.training)
+        if most is not None:
+            expert_TK = dispatch.drop_overflow(expert_TK, decision.gate_TK, n_experts, most, self.spec.capacity.drop)
+            dropped_E = (count_E - most).clamp_min(0)
+        y_BSD = self.experts(x_TD, expert_TK, decision.gate_TK).view_as(x_BSD)
+        if self.shared is not None:
+            y_BSD = y_BSD + self._shared(self.shared, x_BSD)
+        loss_N = [balance.loss(term.kind, decision, count_E, len(x_BSD)) for term in self.terms]
+        weighted = sum((term.coefficient * loss for term, loss in zip(self.terms, loss_N, strict=True)), x_TD.new_zeros((), dtype=torch.float32))
+        return y_BSD, weighted, layer_stats(decision, count_E, dropped_E, loss_N)
+
+    def _shared(self, shared: FeedForward, x_BSD: Tensor) -> Tensor:
+        y_BSD: Tensor = shared(x_BSD)
+        if self.shared_gate is None:
+            return y_BSD
+        return F.linear(x_BSD, self.shared_gate).sigmoid() * y_BSD
+
+
+@torch.no_grad()
+def layer_stats(decision: Decision, count_E: Tensor, dropped_E: Tensor, loss_N: list[Tensor]) -> LayerStats:
+    """What the layer tells about itself; nothing here waits for the device.
+
+    This runs in every layer at every step: page faults on temporaries of [T, E] would cost more than the arithmetic.
+    """
+    prob_TE = decision.prob_TE.detach().float()
+    lowest, highest = decision.logits_TE.detach().aminmax()
+    return LayerStats(
+        expert_tokens_E=count_E,
+        dropped_E=dropped_E,
+        router_prob_E=prob_TE.mean(0),
+        balance_loss_N=torch.stack([loss.detach().float() for loss in loss_N]) if loss_N else prob_TE.new_zeros(0),
+        router_entropy=-torch.dot(prob_TE.flatten(), prob_TE.clamp_min(1e-30).log_().flatten()) / len(prob_TE),
+        max_logit=torch.maximum(-lowest, highest).float(),
+    )

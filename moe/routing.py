@@ -1,0 +1,68 @@
+"""What routing did: decisions of one layer, and the statistics of a whole forward pass. Returned, never stored.
+
+Letters: T tokens, E experts, K chosen per token, L MoE layers, N balancing terms that have a loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Decision(NamedTuple):
+    """What one router decided. Experts are ordered by falling selection score."""
+
+    logits_TE: Tensor
+    prob_TE: Tensor  # a distribution over experts for every token
+    expert_TK: Tensor  # int64
+    gate_TK: Tensor
+
+
+class LayerStats(NamedTuple):
+    """The statistics of one MoE layer, detached."""
+
+    expert_tokens_E: Tensor
+    dropped_E: Tensor
+    router_prob_E: Tensor
+    balance_loss_N: Tensor
+    router_entropy: Tensor
+    max_logit: Tensor
+
+
+@dataclass(frozen=True)
+class RoutingStats:
+    """Routing of one forward pass over all MoE layers, in the layers' order; detached, on the model's device.
+
+    Counts are int64, the rest float32. `expert_tokens_LE` counts assignments before any drop: a row sums to T * K.
+    """
+
+    expert_tokens_LE: Tensor
+    dropped_LE: Tensor
+    router_prob_LE: Tensor  # mean over tokens
+    balance_loss_LT: Tensor  # value of each of Transformer.balance_terms (the T), without its coefficient
+    router_entropy_L: Tensor  # nats, mean over tokens
+    max_logit: Tensor  # largest magnitude of a router logit, scalar
+
+    @classmethod
+    def stacked(cls, layers: Sequence[LayerStats]) -> RoutingStats:
+        """The model's statistics from its layers'."""
+        tokens, dropped, prob, balance, entropy, logit = (torch.stack(column) for column in zip(*layers, strict=True))
+        return cls(tokens, dropped, prob, balance, entropy, logit.max())
+
+    @classmethod
+    def merged(cls, parts: Sequence[RoutingStats]) -> RoutingStats:
+        """Over the equally long micro-batches of one optimiser step: counts are summed, means averaged."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(
+            expert_tokens_LE=torch.stack([part.expert_tokens_LE for part in parts]).sum(0),
+            dropped_LE=torch.stack([part.dropped_LE for part in parts]).sum(0),
+            router_prob_LE=torch.stack([part.router_prob_LE for part in parts]).mean(0),
+            balance_loss_LT=torch.stack([part.balance_loss_LT for part in parts]).mean(0),
+            router_entropy_L=torch.stack([part.router_entropy_L for part in parts]).mean(0),
+            max_logit=torch.stack([part.max_logit for part in parts]).max(),
+        )

@@ -1,0 +1,142 @@
+"""The part of a step that is mathematics: forward, backward, reduction over ranks, optimiser, balancing.
+
+Everything random in a step is a function of (seed, step, rank): the data order and the noise of dropout and routers.
+So a run that was interrupted anywhere goes on exactly as it would have.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from moe.model import build_model
+from moe.routing import RoutingStats
+from moe.train import telemetry
+from moe.train.batches import Batches
+from moe.train.clock import PhaseClock
+from moe.train.optimizer import AdamW
+from moe.train.ranks import Ranks
+from moe.train.schedule import learning_rate
+from moe.train.stop import SpecRefused
+from spec.experiment import ExperimentSpec
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A step that was made. `figures` are over all ranks; `phase_ms` is float32[R, phases]."""
+
+    step: int
+    figures: telemetry.Step
+    rate: float
+    seconds: float
+    phase_ms: NDArray[np.float32]
+
+
+class Learner:
+    """A model and its optimiser."""
+
+    def __init__(self, spec: ExperimentSpec, batches: Batches, ranks: Ranks) -> None:
+        """Fresh weights from the spec's seed, the same on every rank."""
+        self.spec, self.batches, self.ranks = spec, batches, ranks
+        torch.manual_seed(spec.seed)
+        self.model = build_model(spec.model, recompute=spec.training.activation_recompute).to(ranks.device)
+        self.model.train()
+        self.parameters = list(self.model.parameters())
+        self.optimizer = AdamW(self.model, spec.optimizer)
+        self._clock = PhaseClock(telemetry.PHASES, ranks.device)
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Size of a checkpoint: weights and AdamW's two moments."""
+        return 3 * sum(parameter.numel() * parameter.element_size() for parameter in self.parameters)
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """bfloat16 matrix products, where the spec asks for them."""
+        if self.spec.training.precision == "bfloat16":
+            return torch.autocast(self.ranks.device.type, torch.bfloat16)
+        return nullcontext()
+
+    def train_step(self, step: int, wishes: Callable[[], tuple[bool, bool]]) -> Lesson:
+        """Makes optimiser step `step`. `wishes`, asked at its end: whether this rank wants to stop, and to save; the figures tell all ranks."""
+        started = time.perf_counter()
+        rate = learning_rate(self.spec.optimizer, step, self.spec.training.steps)
+        lm_loss, balance_loss, grad_norm, stats = self.learn(step, rate)
+        parts = telemetry.step_parts(lm_loss, balance_loss, grad_norm, stats, self.model.expert_bias(), wishes())
+        host = self.ranks.gather(telemetry.pack(parts)).cpu().numpy()
+        figures = telemetry.Step.over_ranks(telemetry.unpack(host, parts))
+        if stats is not None:
+            self._update_balance(stats, figures)
+        return Lesson(step, figures, rate, time.perf_counter() - started, self._phases())
+
+    def learn(self, step: int, rate: float) -> tuple[Tensor, Tensor, Tensor, RoutingStats | None]:
+        """The step itself; this rank's mean losses, the gradient norm and the routing statistics, all on the device."""
+        self._clock.start()
+        lm_loss, balance_loss, stats = self._forward_backward(step)
+        self.ranks.average_gradients(self.parameters)
+        self._clock.mark("reduce")
+        grad_norm = self.optimizer.clip(self.spec.optimizer.grad_clip)
+        self.optimizer.step(rate)
+        self.optimizer.zero_grad()
+        self._clock.mark("optimizer")
+        return lm_loss, balance_loss, grad_norm, stats
+
+    def _forward_backward(self, step: int) -> tuple[Tensor, Tensor, RoutingStats | None]:
+        """Leaves the gradients of the step's mean loss; returns mean losses and statistics of its micro-batches, detached."""
+        micros = self.spec.training.grad_accumulation
+        torch.manual_seed(_noise_seed(self.spec.seed, step, self.ranks.rank))
+        lm_losses, balance_losses, stats = [], [], []
+        for micro in range(micros):
+            batch = self.batches.micro_batch(step, micro, micros, self.ranks.rank, self.ranks.size)
+            tokens_BS, targets_BS = (tensor.to(self.ranks.device) for tensor in batch)
+            self._clock.mark("data")
+            with self.autocast():
+                output = self.model(tokens_BS, targets_BS)
+            self._clock.mark("forward")
+            ((output.lm_loss + output.balance_loss) / micros).backward()
+            self._clock.mark("backward")
+            lm_losses.append(output.lm_loss.detach())
+            balance_losses.append(output.balance_loss.detach())
+            if output.stats is not None:
+                stats.append(output.stats)
+        return torch.stack(lm_losses).mean(), torch.stack(balance_losses).mean(), RoutingStats.merged(stats) if stats else None
+
+    def _update_balance(self, stats: RoutingStats, figures: telemetry.Step) -> None:
+        """The loss-free biases follow the counts of all ranks."""
+        if self.ranks.size > 1 and figures.tokens_LE is not None:
+            counts_LE = torch.from_numpy(figures.tokens_LE.astype(np.int64)).to(self.ranks.device)
+            stats = dataclasses.replace(stats, expert_tokens_LE=counts_LE)
+        self.model.update_balance(stats)
+
+    def _phases(self) -> NDArray[np.float32]:
+        own = torch.tensor(self._clock.milliseconds(), dtype=torch.float32)
+        return self.ranks.gather(own.to(self.ranks.device)).cpu().numpy() if self.ranks.size > 1 else own.numpy()[None]
+
+    # ----- state
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """What a checkpoint holds, by file."""
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.tensors()}
+
+    def load(self, tensors: dict[str, dict[str, Tensor]]) -> None:
+        """Puts back what `tensors` returned. Raises SpecRefused if they are of another model."""
+        try:
+            self.model.load_state_dict(tensors["model"])
+            self.optimizer.load(tensors["optimizer"])
+        except (RuntimeError, KeyError) as error:
+            raise SpecRefused("model", f"the checkpoint is of another model: {str(error).splitlines()[-1].strip()}") from error
+
+
+def _noise_seed(seed: int, step: int, rank: int) -> int:
+    """One generator seed for each step of each rank, far from the next one's in every bit (SplitMix64's finaliser)."""
+    z = (seed + 0x9E3779B97F4A7C15 * (step * 4096 + rank + 1)) % 2**64
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+    return (z ^ (z >> 31)) % 2**63

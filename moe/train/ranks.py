@@ -1,0 +1,105 @@
+"""The processes of a run: plain data parallelism, one process per device, each with the whole model.
+
+Ranks meet through a file store (MOELAB_RENDEZVOUS) and talk over loopback, so that no port listens to the network;
+without MOELAB_RENDEZVOUS they meet as torchrun arranges it (MASTER_ADDR and MASTER_PORT).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from moe.train.stop import SpecRefused
+from spec.experiment import Parallel
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place among the run's. R = `size`."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the rank that writes."""
+        return self.rank == 0
+
+    def gather(self, vector: Tensor) -> Tensor:
+        """[R, n]: every rank's `vector` [n], on every rank."""
+        if self.size == 1:
+            return vector[None]
+        gathered = vector.new_empty(self.size, *vector.shape)
+        dist.all_gather_into_tensor(gathered.view(-1), vector.contiguous().view(-1))
+        return gathered
+
+    def from_first(self, value: int) -> int:
+        """Rank 0's `value`, on every rank."""
+        return int(self.gather(torch.tensor([value], device=self.device))[0, 0])
+
+    @torch.no_grad()
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Replaces each gradient by its mean over the ranks, in one reduction of one flat buffer."""
+        if self.size == 1:
+            return
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        flat /= self.size
+        means = torch.split_with_sizes(flat, [gradient.numel() for gradient in gradients])
+        for parameter, mean in zip(parameters, means, strict=True):
+            parameter.grad = mean.view_as(parameter)
+
+    def leave(self) -> None:
+        """Waits for the other ranks, and parts."""
+        if self.size > 1:
+            dist.barrier()
+            dist.destroy_process_group()
+
+
+def join(parallel: Parallel) -> Ranks:
+    """Takes this process's place among the run's. Raises SpecRefused where the processes are not those of the spec."""
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if size != parallel.world_size:
+        raise SpecRefused("parallel.data", f"parallel.expert x parallel.data = {parallel.world_size} processes, but {size} were started (WORLD_SIZE)")
+    device = _device(parallel)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if size > 1:
+        store = os.environ.get("MOELAB_RENDEZVOUS")
+        if store:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            init_method=f"file://{store}" if store else "env://",
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=float(os.environ.get("MOELAB_COLLECTIVE_TIMEOUT_S", "300"))),
+        )
+    return Ranks(rank, size, device)
+
+
+def _device(parallel: Parallel) -> torch.device:
+    wanted = os.environ.get("MOELAB_DEVICE") or parallel.device
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(wanted)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise SpecRefused("parallel.device", f"{wanted}: this machine has no CUDA device that torch can use")
+        return device if device.index is not None else torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return device
+
+
+def set_threads(parallel: Parallel) -> None:
+    """CPU threads of this process: the spec's, else the worker's (MOELAB_THREADS), else torch's own choice."""
+    threads = parallel.threads or int(os.environ.get("MOELAB_THREADS") or 0)
+    if threads:
+        torch.set_num_threads(threads)

@@ -1,0 +1,23 @@
+"""What a spec costs, before anything is allocated: closed form, exact Python ints, microseconds.
+
+Parameters   every number that is trained. Buffers (DeepSeek-V3's selection bias) are not counted.
+Active       what one token uses, in the three conventions that publications mix: A0 all of it, A1 without the input
+             embedding, A2 without input and output embedding. A tied matrix is taken off once.
+FLOPs        forward: 2 for each weight of a matrix that a token is multiplied by (the output projection counts, the
+             embedding lookup, norms, biases and softmax do not), and for the attention scores and values
+             2 * heads * (d_qk + d_v) * mean context at the spec's seq_len, causal: (S + 1) / 2, within a window less.
+             training: 3 * forward. Recomputed activations and dropped tokens change neither: this is model FLOPs.
+             Encoder-decoder: per pair of one source and one target token, both sequences of seq_len tokens.
+Bytes        on one device: weights and gradients float32, AdamW's two moments float32; experts are divided over
+             parallel.expert ranks, the rest is replicated. `activations` is an estimate, see `memory.activation_bytes`.
+             `checkpoint` is the whole file set: weights and moments.
+All-to-all   each of the top_k copies of a token crosses with probability (ranks - 1) / ranks, out and back, in the
+             forward and in the backward pass, at the width of the residual stream in the arithmetic's precision.
+"""
+
+from spec.accounting.count import PARTS
+from spec.accounting.figures import ActiveParams, Bytes, Flops, Price, price
+from spec.accounting.limits import check_size
+from spec.accounting.text import bytes_text, count_text, table
+
+__all__ = ["PARTS", "ActiveParams", "Bytes", "Flops", "Price", "bytes_text", "check_size", "count_text", "price", "table"]

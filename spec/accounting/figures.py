@@ -1,0 +1,85 @@
+"""The figures of a spec, together."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from spec.accounting.count import count
+from spec.accounting.flops import attention_flops
+from spec.accounting.memory import activation_bytes, all_to_all_bytes, kv_cache_bytes
+from spec.experiment import ExperimentSpec
+
+
+@dataclass(frozen=True)
+class ActiveParams:
+    """Parameters that one token uses; which convention a publication follows, it seldom says."""
+
+    with_embeddings: int
+    without_input_embedding: int
+    without_embeddings: int
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations per token."""
+
+    forward: int
+    training: int
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Memory on one device, and the size of a checkpoint."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    total_per_device: int
+    checkpoint: int
+
+
+@dataclass(frozen=True)
+class Price:
+    """The figures of one spec. `by_part` and `active_by_part` have the keys PARTS and sum to the totals."""
+
+    total_params: int
+    active_params: ActiveParams
+    flops_per_token: Flops
+    bytes: Bytes
+    tokens_per_step: int
+    all_to_all_bytes_per_token: int
+    kv_cache_bytes_per_token: int
+    by_part: dict[str, int]
+    active_by_part: dict[str, int]
+
+    def model_dump(self) -> dict[str, Any]:
+        """As plain data for JSON."""
+        return asdict(self)
+
+
+def price(spec: ExperimentSpec) -> Price:
+    """The figures of `spec`."""
+    model, parts = spec.model, count(spec.model)
+    total = sum(part.total for part in parts.values())
+    active = sum(part.active for part in parts.values())
+    a1 = active - parts["embedding"].active
+    forward = 2 * sum(part.matmul for part in parts.values()) + attention_flops(model, spec.data.seq_len)
+    return Price(
+        total_params=total,
+        active_params=ActiveParams(active, a1, a1 - parts["head"].active),
+        flops_per_token=Flops(forward, 3 * forward),
+        bytes=_bytes(spec, total, parts["experts"].total),
+        tokens_per_step=spec.training.batch_size * spec.data.seq_len,
+        all_to_all_bytes_per_token=all_to_all_bytes(spec),
+        kv_cache_bytes_per_token=kv_cache_bytes(spec),
+        by_part={name: part.total for name, part in parts.items()},
+        active_by_part={name: part.active for name, part in parts.items()},
+    )
+
+
+def _bytes(spec: ExperimentSpec, total: int, experts: int) -> Bytes:
+    here = total - experts + -(-experts // spec.parallel.expert)
+    weights, gradients, moments, activations = 4 * here, 4 * here, 8 * here, activation_bytes(spec)
+    return Bytes(weights, gradients, moments, activations, weights + gradients + moments + activations, 12 * total)

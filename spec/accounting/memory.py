@@ -1,0 +1,66 @@
+"""Bytes: on a device, in a checkpoint, between devices, in a cache."""
+
+from __future__ import annotations
+
+from spec.accounting.count import n_moe_layers
+from spec.experiment import ExperimentSpec, LatentAttention, Model
+
+
+def _width_bytes(spec: ExperimentSpec) -> int:
+    """Bytes of one number in the arithmetic of the matrix products."""
+    return 4 if spec.training.precision == "float32" else 2
+
+
+def activation_bytes(spec: ExperimentSpec) -> int:
+    """What one micro-batch keeps for the backward pass on one device; an estimate, without the allocator's waste.
+
+    Per token and layer: two residual inputs and two normalised inputs (4 d); queries, keys, values and the attention's
+    output; for each feed-forward path its pre-activations and their product (3 or 2 of its width), and for a routed one
+    the gathered input and the output (2 d); float32 router scores and probabilities (2 E). Once: float32 logits and
+    their gradient (2 V). With activation_recompute a layer keeps its input (d), and one layer's own is held at a time.
+    """
+    model, moe, width = spec.model, spec.model.moe, _width_bytes(spec)
+    tokens = spec.training.batch_size // spec.training.grad_accumulation // spec.parallel.world_size * spec.data.seq_len
+    d, layers, sparse = model.d_model, model.n_layers + model.encoder_layers, n_moe_layers(model)
+    attentions = layers + (model.n_layers if model.encoder_layers else 0)
+    attention = width * _attention_width(model)
+    dense = width * (4 * d + (3 if model.gated else 2) * model.d_ff)
+    routed = 0
+    if moe is not None:
+        saved = 3 if (moe.activation or model.activation) in ("swiglu", "geglu") else 2
+        paths = moe.top_k * (saved * moe.d_expert + 2 * d) + moe.n_shared * saved * moe.shared_width
+        routed = width * (4 * d + paths) + 8 * moe.n_experts
+    logits = 8 * model.vocab_size
+    if spec.training.activation_recompute:
+        return tokens * (width * d * layers + attention + max(dense if layers > sparse else 0, routed) + logits)
+    return tokens * (attention * attentions + dense * (layers - sparse) + routed * sparse + logits)
+
+
+def _attention_width(model: Model) -> int:
+    """Numbers per token that one attention block keeps: queries, keys, values, output."""
+    attention = model.attention
+    if isinstance(attention, LatentAttention):
+        qk = attention.qk_nope_head_dim + attention.qk_rope_head_dim
+        latents = attention.q_lora_rank + attention.kv_lora_rank
+        return latents + attention.n_heads * (2 * qk + 2 * attention.v_head_dim)
+    k = attention.experts.top_k if attention.experts else 1
+    return 2 * (k * attention.n_heads + attention.n_kv_heads) * model.head_dim
+
+
+def all_to_all_bytes(spec: ExperimentSpec) -> int:
+    """Bytes that leave a device per token and step: dispatch and combine, forward and backward, in all MoE layers."""
+    ranks = spec.parallel.expert
+    if spec.model.moe is None:
+        return 0
+    crossings = 4 * spec.model.moe.top_k * n_moe_layers(spec.model)
+    return crossings * spec.model.d_model * _width_bytes(spec) * (ranks - 1) // ranks
+
+
+def kv_cache_bytes(spec: ExperimentSpec) -> int:
+    """Cache that one token adds in all decoder layers (windowed ones too, which later drop it); cross-attention's beside it."""
+    attention = spec.model.attention
+    if isinstance(attention, LatentAttention):
+        numbers = attention.kv_lora_rank + attention.qk_rope_head_dim
+    else:
+        numbers = 2 * attention.n_kv_heads * spec.model.head_dim
+    return numbers * _width_bytes(spec) * spec.model.n_layers * (2 if spec.model.encoder_layers else 1)

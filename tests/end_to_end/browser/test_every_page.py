@@ -1,0 +1,172 @@
+"""Every page, in both themes, wide and narrow: nothing complains, nothing sticks out, everything has a name."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import expect
+
+from tests.end_to_end.browser.conftest import Live, Opened
+
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(240)]
+
+SHOTS = Path(os.environ.get("MOELAB_SCREENSHOTS") or tempfile.mkdtemp(prefix="moelab-screenshots-"))
+HOSTILE = "<img src=x onerror=alert(1)>\"'><script>alert(2)</script>{{7*7}}&amp;"
+PAGES = [
+    "/runs",
+    "/runs?q=nothing-has-this-name",
+    "/runs?metric=nonsense",
+    "/runs/new",
+    "/runs/new?preset=deepseek-v3",
+    "/presets",
+    "/presets/mixtral-8x7b",
+]
+PAGES += [
+    "/workers",
+    "/tokens",
+    "/api/v1/docs",
+    "/runs/{run}",
+    "/runs/{run}#timeline",
+    "/runs/{run}#checkpoints",
+    "/runs/{run}#spec",
+    "/runs/compare?id={run}&id={other}",
+]
+PAGES += ["/runs/compare", "/nowhere"]
+LOOKS = [("dark", 1280), ("light", 1280), ("dark", 390), ("light", 390)]
+
+NAMELESS = """() => {
+  const named = (node) => node.labels?.length || node.getAttribute('aria-label') || node.getAttribute('aria-labelledby') || node.textContent.trim();
+  const shown = (node) => !node.closest('[hidden], dialog:not([open]), [aria-hidden=true]') && node.type !== 'hidden' && node.getClientRects().length;
+  return [...document.querySelectorAll('input, select, textarea, button, a[href], canvas, [role=img], progress, dialog, summary')]
+    .filter((node) => shown(node) && !named(node) && !node.closest('.uplot')).map((node) => node.outerHTML.slice(0, 120));
+}"""
+TWICE = "() => { const ids = [...document.querySelectorAll('[id]')].map((node) => node.id); return ids.filter((id, i) => ids.indexOf(id) !== i); }"
+OUTLINES = "() => { const style = getComputedStyle(document.activeElement); return style.outlineStyle !== 'none' || style.boxShadow !== 'none'; }"
+
+
+@pytest.fixture(scope="module")
+def runs(live: Live) -> dict[str, int]:
+    """Two runs that have ended, one with a hostile name, and a child of it."""
+    run = live.made_up(HOSTILE, 60, seed=2)
+    run.train()
+    run.end("failed", "nan_loss", HOSTILE)
+    live.client.edit(run.run, tags=["<b>tag</b>"], notes=HOSTILE)
+    other = live.made_up("a quiet one", 50, seed=3)
+    other.train()
+    other.end()
+    return {"run": run.run, "other": other.run}
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_a_page_is_sound_in_every_look(live: Live, open_page: Opened, runs: dict[str, int], path: str) -> None:
+    for theme, width in LOOKS:
+        page = open_page(path.format(**runs), width=width, theme=theme)
+        page.wait_for_load_state("networkidle") if "#" not in path and "/runs" not in path else page.wait_for_timeout(700)
+        name = path.strip("/").translate(str.maketrans("/?#&=", "_____")).replace("{", "").replace("}", "") or "home"
+        page.screenshot(path=SHOTS / f"{name}-{theme}-{width}.png", full_page=True)
+        assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0, f"{theme} {width}: sticks out sideways"
+        assert page.evaluate(NAMELESS) == [], f"{theme} {width}: controls without a name"
+        assert page.evaluate(TWICE) == [], "two elements share an id"
+        assert page.evaluate("document.documentElement.lang") == "en"
+        assert page.locator("h1").count() == 1
+        page.context.close()
+
+
+def test_the_keyboard_reaches_the_content_and_shows_where_it_is(live: Live, open_page: Opened, runs: dict[str, int]) -> None:
+    page = open_page(f"/runs/{runs['other']}")
+    page.keyboard.press("Tab")
+    expect(page.locator(".skip")).to_be_focused()
+    seen = []
+    for _ in range(30):
+        page.keyboard.press("Tab")
+        assert page.evaluate(OUTLINES), page.evaluate("document.activeElement.outerHTML.slice(0, 100)")
+        seen.append(page.evaluate("document.activeElement.id"))
+    order = [
+        name for name in ("theme", "star", "tab-live", "follow", "scrubber", "step-number", "layer", "view-layers", "routing-canvas") if name in seen
+    ]
+    assert order == sorted(order, key=seen.index) and "routing-canvas" in seen
+    page.get_by_role("tab", name="Live").focus()
+    page.keyboard.press("ArrowRight")
+    expect(page.get_by_role("tabpanel", name="Timeline")).to_be_visible()
+
+
+def test_the_theme_stays_chosen(live: Live, open_page: Opened) -> None:
+    page = open_page("/runs", theme="dark")
+    page.get_by_role("button", name="Switch between dark and light").click()
+    page.reload()
+    assert page.evaluate("document.documentElement.dataset.theme") == "light"
+    assert page.evaluate("getComputedStyle(document.documentElement).backgroundColor") == "rgb(246, 246, 242)"
+
+
+def test_the_form_and_the_yaml_say_the_same_and_errors_stand_at_their_field(live: Live, open_page: Opened) -> None:
+    page = open_page("/runs/new")
+    top_k = page.locator("[data-path='model.moe.top_k'] input")
+    top_k.fill("9")
+    error = page.locator("[data-path='model.moe.top_k'] .error")
+    expect(error).to_have_text("top_k 9 > n_experts 8")
+    expect(top_k).to_have_attribute("aria-invalid", "true")
+    page.locator("#yaml").fill(
+        "model:\n  moe:\n    top_k: 3\n    n_experts: 12\n    balance: [{kind: z_loss, coefficient: 0.5}]\ntraining: {steps: 7}\n"
+    )
+    expect(top_k).to_have_value("3")
+    expect(error).to_be_hidden()
+    expect(page.locator("[data-term=z_loss] [data-switch]")).to_be_checked()
+    expect(page.locator("[data-term=switch_aux] [data-switch]")).not_to_be_checked()
+    expect(page.locator("[data-term=z_loss] [data-path] input")).to_have_value("0.5")
+    page.locator("[data-union='model.attention'] [data-kind]").evaluate("select => { select.closest('details').open = true }")
+    page.locator("[data-union='model.attention'] [data-kind]").select_option("mla")
+    assert "kind: mla" in page.locator("#yaml").input_value()
+    page.locator("[data-term=sequence_aux] [data-switch]").check()
+    expect(page.locator("#yaml-errors")).to_be_empty()
+    expect(page.locator("#price-total")).not_to_have_text("–")
+    page.locator("#yaml").fill("model: [")
+    expect(page.locator("#yaml-errors")).to_contain_text("line 1")
+    page.locator("#preset").select_option("deepseek-v3")
+    expect(page.locator("#price-total")).to_have_text("671B")
+    expect(page.locator("#yaml-errors")).not_to_be_empty()
+
+
+def test_a_token_is_shown_once_works_and_stops_working(live: Live, open_page: Opened) -> None:
+    page = open_page("/tokens")
+    page.get_by_label("Name").fill("for a script")
+    page.get_by_role("button", name="Create token").click()
+    value = page.get_by_label("The new token")
+    expect(value).to_have_value(re.compile("^mlk_"))
+    secret = value.input_value()
+    ask = "secret => fetch('/api/v1/me', {headers: {Authorization: 'Bearer ' + secret}, credentials: 'omit'}).then(r => r.status)"
+    assert page.evaluate(ask, secret) == 200
+    page.reload()
+    assert secret not in page.content()
+    row = page.locator("tr", has_text="for a script")
+    row.get_by_role("button").click()
+    row.get_by_role("button").click()
+    expect(row).to_have_count(0)
+    second = open_page("/tokens")
+    assert second.evaluate("secret => fetch('/healthz').then(r => r.status)", secret) == 200
+    assert live.client.me()["user"]
+
+
+def test_the_list_of_runs_is_live_filters_and_acts_on_several(live: Live, open_page: Opened, runs: dict[str, int]) -> None:
+    page = open_page("/runs")
+    run = live.made_up("new in the list", 40, seed=5)
+    row = page.locator(f"#run-{run.run}")
+    expect(row).to_contain_text("new in the list")
+    run.train(1, 20)
+    expect(row.locator("[data-cell=steps]")).to_have_text("20 / 40")
+    run.train(21, 40)
+    run.end()
+    expect(row.locator("[data-cell=state]")).to_have_text("succeeded")
+    page.get_by_label("Search names and notes").fill("quiet")
+    expect(row).to_have_count(0)
+    assert "q=quiet" in page.url
+    expect(page.locator("tr.row")).to_have_count(1)
+    page.get_by_label("Search names and notes").fill("")
+    page.get_by_label("Choose run new in the list").check()
+    page.get_by_label("Choose run a quiet one").check()
+    page.get_by_role("button", name="Compare").click()
+    expect(page.locator("#overlay canvas")).to_be_visible()
+    expect(page.locator("#legend")).to_contain_text("a quiet one")

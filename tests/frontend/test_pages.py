@@ -1,0 +1,121 @@
+"""The pages as the server writes them: the policy on every answer, hostile names as text, roles, and a form without gaps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from django.test import Client
+
+from experiments.actions.submit import submit
+from experiments.models import Project, Role, Run
+from experiments.pages.csp import POLICY
+from experiments.pages.form import Choice, Field, Group, Terms, sections, spec_form
+from spec.experiment import ExperimentSpec
+from tests.experiments.engine import people
+
+pytestmark = pytest.mark.django_db
+HOSTILE = [
+    "<img src=x onerror=alert(1)>",
+    '"><script>alert(1)</script>',
+    "'-alert(1)-'",
+    "</script><script>alert(1)</script>",
+    "{{7*7}}{% debug %}",
+    "javascript:alert(1)",
+]
+PAGES = [
+    "/runs",
+    "/runs/new?from={id}",
+    "/runs/{id}",
+    "/runs/{id}/row",
+    "/runs/{id}/panel/spec",
+    "/runs/{id}/panel/timeline",
+    "/runs/{id}/panel/checkpoints",
+]
+PAGES += ["/runs/compare?id={id}&id={id}", "/workers", "/tokens", "/presets", "/presets/nano-mixtral", "/api/v1/docs"]
+
+
+def signed_in(name: str, role: str | None = None) -> Client:
+    client = Client(raise_request_exception=False)
+    client.force_login(people.user(name, Project.default(), role))
+    return client
+
+
+def hostile_run(text: str) -> Run:
+    spec = ExperimentSpec.model_validate({**people.TINY, "name": text})
+    run = submit(user=people.ada(), project=Project.default(), spec=spec, tags=[text[:64]], notes=text)
+    Run.objects.filter(pk=run.pk).update(detail=text, reason=text[:64])
+    return run
+
+
+@pytest.mark.parametrize(
+    "path", ["/runs", "/login", "/nowhere", "/api/v1/runs", "/api/v1/nowhere", "/healthz", "/logout", "/runs/99999999999999999999"]
+)
+def test_the_policy_is_on_every_answer_and_allows_nothing_unsafe(path: str) -> None:
+    for client in (Client(raise_request_exception=False), signed_in("ada", Role.EDITOR)):
+        assert client.get(path).headers["Content-Security-Policy"] == POLICY
+    assert "unsafe" not in POLICY and "default-src 'none'" in POLICY
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_a_hostile_name_is_text_on_every_page(text: str) -> None:
+    run, client = hostile_run(text), signed_in("ada", Role.EDITOR)
+    for path in PAGES:
+        answer = client.get(path.format(id=run.pk))
+        assert answer.status_code == 200, path
+        body = answer.content.decode()
+        assert "<img src=x" not in body and "<script>alert" not in body and "</script><script>" not in body, path
+        assert " style=" not in body and "onclick" not in body, path
+
+
+def test_a_viewer_sees_a_run_without_its_buttons_and_an_outsider_sees_none() -> None:
+    run = hostile_run("a run")
+    editor, viewer, outsider = signed_in("ada", Role.EDITOR), signed_in("vic", Role.VIEWER), signed_in("olga")
+    assert b"data-action" in editor.get(f"/runs/{run.pk}").content
+    seen = viewer.get(f"/runs/{run.pk}")
+    assert seen.status_code == 200 and b"data-action" not in seen.content
+    for path in (f"/runs/{run.pk}", f"/runs/{run.pk}/row", f"/runs/{run.pk}/panel/spec", f"/runs/new?from={run.pk}"):
+        assert outsider.get(path).status_code == 404, path
+    assert b"a run" not in outsider.get(f"/runs/compare?id={run.pk}&id={run.pk}").content
+
+
+def test_filters_of_the_list_are_the_api_s_and_nonsense_is_said() -> None:
+    hostile_run("alpha")
+    hostile_run("beta")
+    client = signed_in("ada", Role.EDITOR)
+    assert b"alpha" in client.get("/runs?q=alp").content and b"beta" not in client.get("/runs?q=alp").content
+    assert b"alpha" not in client.get("/runs?state=running&tag=&metric=").content
+    answer = client.get("/runs?metric=nonsense")
+    assert answer.status_code == 400 and b"must look like" in answer.content
+    assert client.get("/runs?cursor=nonsense").status_code == 200
+
+
+def test_signing_in_leads_only_to_our_own_pages() -> None:
+    people.user("ada", Project.default(), Role.EDITOR)
+    for target, leads in (
+        ("/runs/new", "/runs/new"),
+        ("https://elsewhere.example/", "/runs"),
+        ("//elsewhere.example", "/runs"),
+        ("javascript:alert(1)", "/runs"),
+    ):
+        answer = Client().post("/login", {"username": "ada", "password": people.PASSWORD, "next": target})
+        assert (answer.status_code, answer.headers["Location"]) == (302, leads)
+
+
+def test_the_form_has_a_field_for_every_value_of_the_spec() -> None:
+    found = {f"{path}" for part in [Group("", "", "", spec_form().fields), *sections()] for path in _paths(part)}
+    assert set(_leaves(ExperimentSpec().model_dump(mode="json"), "")) <= found
+
+
+def _paths(part: Group | Choice | Terms | Field) -> list[str]:
+    if isinstance(part, Field):
+        return [part.path]
+    if isinstance(part, Group):
+        return [*([part.path] if part.optional else []), *(path for child in [*part.fields, *part.parts] for path in _paths(child))]
+    return [part.path, f"{part.path}.kind", *(path for _, variant in part.variants for path in _paths(variant))]
+
+
+def _leaves(value: Any, path: str) -> list[str]:
+    if not isinstance(value, dict):
+        return [path]
+    return [leaf for key, child in value.items() for leaf in _leaves(child, f"{path}.{key}" if path else key)]

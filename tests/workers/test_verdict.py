@@ -1,0 +1,48 @@
+"""Exit codes and signals to outcome and reason."""
+
+from __future__ import annotations
+
+import pytest
+
+from workers.verdict import Exit, judge
+
+
+@pytest.mark.parametrize(
+    ("codes", "asked", "expected"),
+    [
+        ([0, 0], "run", ("succeeded", "finished", 0, None)),
+        ([0, 0], "cancel", ("succeeded", "finished", 0, None)),
+        ([75, 75], "cancel", ("cancelled", "cancelled", 75, None)),
+        ([75, 75], "pause", ("paused", "paused", 75, None)),
+        ([-15, -15], "pause", ("paused", "paused", None, 15)),
+        ([75, 75], "run", ("paused", "worker_stopped", 75, None)),
+        ([-9, 70], "run", ("failed", "rank_killed", None, 9)),
+        ([70, -9], "run", ("failed", "error", 70, None)),
+        ([0, 71], "run", ("failed", "oom", 71, None)),
+        ([76], "pause", ("failed", "nan_loss", 76, None)),
+        ([74], "pause", ("failed", "disk_full", 74, None)),
+        ([70], "cancel", ("cancelled", "cancelled", 70, None)),
+        ([64], "run", ("failed", "config_invalid", 64, None)),
+        ([-11], "run", ("failed", "rank_killed", None, 11)),
+        ([1], "run", ("failed", "error", 1, None)),
+    ],
+)
+def test_how_the_ranks_ended_decides(codes: list[int], asked: str, expected: tuple[str, str, int | None, int | None]) -> None:
+    verdict = judge([Exit(rank, code) for rank, code in enumerate(codes)], asked=asked)  # type: ignore[arg-type]
+    assert (verdict.outcome, verdict.reason, verdict.exit_code, verdict.signal) == expected
+
+
+def test_the_kernels_kill_for_memory_is_told_from_any_other() -> None:
+    assert judge([Exit(0, -9)], asked="run", oom_killed=True).reason == "oom"
+    assert judge([Exit(0, -11)], asked="run", oom_killed=True).reason == "rank_killed"
+
+
+def test_a_hang_is_a_hang_however_its_ranks_died() -> None:
+    verdict = judge([Exit(0, -9), Exit(1, -9)], asked="run", hang="no sign of progress for 120 s")
+    assert (verdict.outcome, verdict.reason, verdict.detail) == ("failed", "hang", "no sign of progress for 120 s")
+
+
+def test_the_trainers_own_words_win_over_the_logs_last_line() -> None:
+    assert judge([Exit(0, 70)], asked="run", result={"detail": "ValueError: x"}, last_line="bye").detail == "ValueError: x"
+    assert judge([Exit(0, 70)], asked="run", last_line="ImportError: y").detail == "ImportError: y"
+    assert judge([Exit(1, 70)], asked="run").detail == "rank 1 exited with code 70"

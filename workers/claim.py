@@ -1,0 +1,40 @@
+"""What the server hands to a worker that takes a run (docs/protocol.md, section 3), as it is handed on to the supervisor."""
+
+from __future__ import annotations
+
+from typing import Any
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from moelab.connection import find_server
+
+
+class Start(BaseModel):
+    """A checkpoint of another run that a run begins from."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    run: int = Field(ge=1)
+    step: int = Field(ge=0)
+
+
+class Claim(BaseModel):
+    """A run, the attempt at it that this host may make, and the token for that attempt's telemetry."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    run: int = Field(ge=1)
+    attempt: int = Field(ge=1)
+    token: str = Field(repr=False)
+    spec: dict[str, Any]
+    devices: list[str] = Field(min_length=1)
+    resume_from: Start | None = None
+    ingest_url: str
+
+    def socket_url(self) -> str:
+        """The ingest WebSocket at the server as it is known now: a server that comes back may listen at another port."""
+        server = urlsplit(find_server().server)
+        scheme = "wss" if server.scheme == "https" else "ws"
+        path = urlsplit(self.ingest_url).path
+        return f"{scheme}://{server.netloc}{path}?attempt={self.attempt}"

@@ -1,0 +1,140 @@
+"""The trainer's processes: one for each rank, none of which outlives its supervisor."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import psutil
+
+from workers.devices import for_torch
+from workers.linux import die_with_parent
+from workers.runlog import RunLog
+from workers.verdict import Exit
+
+# What only servers and workers need to know stays with them.
+_SECRETS = ("MOELAB_TOKEN", "MOELAB_SECRET_KEY", "DATABASE_URL", "REDIS_URL")
+_PIPE_BYTES = 65_536
+
+
+class Ranks:
+    """The ranks of one attempt. `exits` lists those that have ended, in the order of their ends."""
+
+    def __init__(self, log: RunLog) -> None:
+        self._log = log
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self.exits: list[Exit] = []
+
+    def start(self, run_dir: Path, attempt: int, devices: Sequence[str], threads: int, lock_fd: int) -> None:
+        """Starts one rank for each device; each holds the attempt's lock as well. Call it from the main thread. Raises OSError."""
+        attempt_dir = run_dir / "attempts" / str(attempt)
+        trainer = os.environ.get("MOELAB_TRAINER", "moe.train")
+        argv = [sys.executable, "-u", "-m", trainer, str(run_dir / "spec.json"), "--out", str(run_dir), "--attempt", str(attempt)]
+        shared = {name: value for name, value in os.environ.items() if name not in _SECRETS} | {
+            "WORLD_SIZE": str(len(devices)),
+            "MOELAB_RENDEZVOUS": str(attempt_dir / "rendezvous"),
+            "MOELAB_THREADS": str(threads),
+        }
+        for rank, device in enumerate(devices):
+            env = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "MOELAB_DEVICE": for_torch(device)}
+            self._processes.append(self._spawn(argv, env, rank, lock_fd))
+
+    def _spawn(self, argv: list[str], env: Mapping[str, str], rank: int, lock_fd: int) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=dict(env),
+            start_new_session=True,
+            pass_fds=(lock_fd,),
+            preexec_fn=die_with_parent(),
+        )
+        assert process.stdout is not None
+        pipe = process.stdout.fileno()
+        os.set_blocking(pipe, False)
+        asyncio.get_running_loop().add_reader(pipe, self._drain, rank, pipe)
+        return process
+
+    @property
+    def pids(self) -> list[int]:
+        return [process.pid for process in self._processes]
+
+    @property
+    def alive(self) -> bool:
+        return len(self.exits) < len(self._processes)
+
+    def poll(self) -> None:
+        """Notes which ranks have ended. Of ends seen at once, signals come first: the others fail because of them."""
+        known = {end.rank for end in self.exits}
+        codes = ((rank, process.poll()) for rank, process in enumerate(self._processes) if rank not in known)
+        self.exits += sorted((Exit(rank, code) for rank, code in codes if code is not None), key=lambda end: end.code >= 0)
+
+    def signal(self, number: signal.Signals) -> None:
+        """Sends a signal to every rank that lives."""
+        for process in self._processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    def kill(self, timeout_s: float = 5.0) -> bool:
+        """Kills the ranks and all that descends from them or from us; True once nothing is left."""
+        deadline = time.monotonic() + timeout_s
+        while left := _descendants():
+            for descendant in left:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    descendant.kill()
+            time.sleep(0.02)
+            for process in self._processes:
+                process.poll()
+            _reap_orphans([process.pid for process in self._processes])
+            if time.monotonic() > deadline:
+                return False
+        self.poll()
+        return True
+
+    def close(self) -> None:
+        """Takes what is left in the ranks' pipes and lets go of them."""
+        for rank, process in enumerate(self._processes):
+            assert process.stdout is not None
+            if not process.stdout.closed:
+                self._drain(rank, process.stdout.fileno(), everything=True)
+                asyncio.get_running_loop().remove_reader(process.stdout.fileno())
+                process.stdout.close()
+                self._log.feed(rank, b"", last=True)
+
+    def _drain(self, rank: int, pipe: int, everything: bool = False) -> None:
+        try:
+            while data := os.read(pipe, _PIPE_BYTES):
+                self._log.feed(rank, data)
+                if not everything:
+                    return
+        except BlockingIOError:
+            return
+        asyncio.get_running_loop().remove_reader(pipe)
+
+
+def _descendants() -> list[psutil.Process]:
+    children = psutil.Process().children(recursive=True)
+    return [child for child in children if _lives(child)]
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _reap_orphans(ours: Sequence[int]) -> None:
+    """Buries the orphans that came to us; our own ranks are Popen's to bury."""
+    for child in psutil.Process().children():
+        if child.pid not in ours:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(child.pid, os.WNOHANG)

@@ -1,0 +1,264 @@
+"""Owns one attempt at a run, from the start of its ranks until the server knows how it ended.
+
+    python -m workers.supervisor RUN_DIR        with the claim as JSON on stdin; returns at once, the supervisor goes on alone
+
+It needs no server to go on: training writes to the spool, and what was not acknowledged is sent when the server is back.
+It kills its ranks and leaves only when it is told that a later attempt exists. When it dies, its ranks die with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from moelab.outbox import outboxes
+from moelab.shipper import Fenced, Shipper
+from spec import events, spool
+from workers.adopt import adopt
+from workers.claim import Claim
+from workers.host import AttemptLock, Holder, LockedError, end_attempt, identity, put_aside
+from workers.linux import become_subreaper, oom_kills
+from workers.progress import Progress
+from workers.ranks import Ranks
+from workers.runlog import RunLog
+from workers.verdict import STOPPED, Verdict, judge
+
+GRACE_S = 10.0
+SURVIVORS_S = 3.0
+STRAGGLERS_S = 60.0
+FIRST_STEP_S = float(os.environ.get("MOELAB_FIRST_STEP_TIMEOUT_S", "300"))
+STEP_S = float(os.environ.get("MOELAB_STEP_TIMEOUT_S", "120"))
+_LOOK_S = 0.1
+_RESERVE_BYTES = 256 * 1024
+
+logger = logging.getLogger("workers.supervisor")
+
+
+class Supervisor:
+    """One attempt. `run()` is its life."""
+
+    def __init__(self, claim: Claim, run_dir: Path, lock: AttemptLock) -> None:
+        self._claim, self._run_dir, self._lock = claim, run_dir, lock
+        self._dir = run_dir / "attempts" / str(claim.attempt)
+        self._holder = Holder(claim.run, claim.attempt, identity(os.getpid()), list(claim.devices))
+        self._log = RunLog(self._dir / "log.txt", len(claim.devices))
+        self._ranks = Ranks(self._log)
+        self._progress = Progress(self._dir / "events.spool", time.monotonic(), FIRST_STEP_S, STEP_S)
+        self._shipper = Shipper(
+            claim.socket_url, claim.token, outboxes(run_dir / "attempts", claim.attempt), log=self._dir / "log.txt", on_command=self._hear
+        )
+        self._asked: Literal["run", "cancel", "pause"] = "run"
+        self._checkpoints_asked = self._checkpoints_sent = 0
+        self._kill_at: float | None = None
+        self._hang = ""
+        self._unkillable = False
+        self._memory_kills = oom_kills()
+        self._memory_killed = False
+        self._memory_looked_at = 0.0
+
+    async def run(self) -> None:
+        """Trains, ships, and tells how it ended. Returns early where the attempt is fenced."""
+        shipping = asyncio.create_task(self._shipper.run())
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._go_down, shipping)
+        try:
+            verdict = await self._train(shipping)
+            if verdict is not None:
+                await self._tell(verdict, shipping)
+                await shipping
+        except Fenced as answer:
+            logger.info("fenced: %s", answer)
+        except asyncio.CancelledError:
+            logger.info("the host goes down; what was not shipped stays in the spool")
+        finally:
+            self._ranks.kill()
+            shipping.cancel()
+
+    async def _train(self, shipping: asyncio.Task[None]) -> Verdict | None:
+        """Runs the ranks to their end; None if the attempt was fenced meanwhile."""
+        try:
+            await self._begin()
+        except OSError as error:
+            self._ranks.kill()
+            return Verdict("failed", "disk_full" if error.errno == 28 else "error", f"the ranks could not be started: {error}")
+        while self._ranks.alive and not self._unkillable:
+            await asyncio.sleep(_LOOK_S)
+            if shipping.done():
+                self._ranks.kill()
+                await shipping
+                return None
+            self._look(time.monotonic())
+        self._kill()
+        self._ranks.close()
+        if self._unkillable:  # its devices stay taken as long as it lives
+            return Verdict("failed", "unkillable", "a process of this run cannot be killed; its host needs a look")
+        self._holder.devices, self._holder.ranks = [], []
+        self._lock.write(self._holder)
+        return self._judge()
+
+    async def _begin(self) -> None:
+        for older in range(1, self._claim.attempt):
+            lock = self._dir.parent / str(older) / "attempt.lock"
+            if not await asyncio.to_thread(end_attempt, lock):
+                raise OSError(f"attempt {older} does not end, and would write to the same checkpoints")
+        (self._run_dir / "spec.json").write_text(json.dumps(self._claim.spec, indent=1))
+        if self._claim.resume_from is not None:
+            adopt(self._run_dir, self._claim.resume_from)
+        with (self._dir / "reserve").open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, _RESERVE_BYTES)
+        self._ranks.start(self._run_dir, self._claim.attempt, self._claim.devices, _threads(self._claim), self._lock.fd)
+        self._holder.ranks = [identity(pid) for pid in self._ranks.pids]
+        self._lock.write(self._holder)
+
+    # ----- while it trains
+
+    def _hear(self, desired: str, checkpoint_requests: int) -> None:
+        """A command of the server."""
+        self._checkpoints_asked = max(self._checkpoints_asked, checkpoint_requests)
+        if desired in ("cancel", "pause"):
+            self._asked = cast(Literal["cancel", "pause"], desired)
+            self._stop()
+
+    def _stop(self) -> None:
+        """Asks the ranks for a checkpoint and their end; those that live after GRACE_S are killed."""
+        if self._kill_at is None and self._ranks.alive:
+            self._kill_at = time.monotonic() + GRACE_S
+            self._ranks.signal(signal.SIGTERM)
+
+    def _go_down(self, shipping: asyncio.Task[None]) -> None:
+        """This host asks us to end: the run goes on elsewhere or later, so there is little time for the network."""
+        self._stop()
+        asyncio.get_running_loop().call_later(GRACE_S + SURVIVORS_S, shipping.cancel)
+
+    def _look(self, now: float) -> None:
+        self._ranks.poll()
+        self._progress.look(now)
+        # Before RunStarted the trainer has no handler, and the signal would end it.
+        if self._checkpoints_asked > self._checkpoints_sent and self._progress.started:
+            self._checkpoints_sent = self._checkpoints_asked
+            self._ranks.signal(signal.SIGUSR1)
+        if self._kill_at is None:
+            self._notice_trouble(now)
+        elif now >= self._kill_at:
+            self._kill()
+
+    def _kill(self) -> None:
+        self._unkillable = not self._ranks.kill()
+
+    def _notice_trouble(self, now: float) -> None:
+        if now - self._memory_looked_at > 1.0:
+            kills, self._memory_looked_at = oom_kills(), now
+            self._memory_killed, self._memory_kills = kills > self._memory_kills, kills
+        if self._ranks.exits:
+            failed = any(end.code not in (0, STOPPED) for end in self._ranks.exits)
+            self._kill_at = now + (SURVIVORS_S if failed else STRAGGLERS_S)
+            return
+        silent_s = self._progress.silent_too_long(now)
+        if silent_s is not None:
+            self._hang = f"no sign of progress for {silent_s:.0f} s; the stacks of all ranks are at the end of the log"
+            self._log.say(self._hang)
+            if self._progress.started:
+                self._ranks.signal(signal.SIGUSR2)
+            self._kill_at = now + 2.0
+
+    # ----- when it is over
+
+    def _judge(self) -> Verdict:
+        return judge(
+            self._ranks.exits,
+            asked=self._asked,
+            hang=self._hang,
+            oom_killed=self._memory_killed or oom_kills() > self._memory_kills,
+            result=_result(self._dir / "result.json"),
+            last_line=self._log.last_line,
+        )
+
+    async def _tell(self, verdict: Verdict, shipping: asyncio.Task[None]) -> None:
+        """Appends RunEnded to the spool, as soon as the disk takes it, and lets the shipper finish."""
+        event = events.RunEnded(
+            at=time.time(),
+            outcome=verdict.outcome,
+            reason=verdict.reason,
+            detail=verdict.detail[:4000],
+            exit_code=verdict.exit_code,
+            signal=verdict.signal,
+            log_tail=self._log.tail,
+        )
+        logger.info("%s", verdict)
+        (self._dir / "reserve").unlink(missing_ok=True)
+        while not shipping.done():
+            try:
+                with spool.Writer(self._dir / "events.spool") as writer:
+                    last = writer.append(events.encode(event))
+                    writer.sync()
+                self._shipper.finish(last)
+                return
+            except OSError as error:
+                logger.warning("the spool does not take the last event: %s", error)
+                await asyncio.sleep(5)
+
+
+def _threads(claim: Claim) -> int:
+    """CPU threads for one rank: what the spec asks for, else this host's cores shared among its ranks, or its slots."""
+    asked = int(claim.spec.get("parallel", {}).get("threads", 0))
+    sharers = max(len(claim.devices), int(os.environ.get("MOELAB_SLOTS", "1")))
+    return asked or max(1, len(os.sched_getaffinity(0)) // sharers)
+
+
+def _result(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def main(arguments: list[str]) -> int:
+    """Takes the lock, lets the caller go, and supervises. Exit codes: 0 done or detached, 2 wrong use, 3 somebody has the attempt."""
+    if len(arguments) != 1:
+        print(__doc__, file=sys.stderr)
+        return 2
+    claim, run_dir = Claim.model_validate_json(sys.stdin.buffer.read()), Path(arguments[0]).absolute()
+    attempt_dir = run_dir / "attempts" / str(claim.attempt)
+    os.umask(0o077)
+    put_aside(run_dir, claim.attempt)
+    try:
+        lock = AttemptLock(attempt_dir)
+    except LockedError as error:
+        print(error, file=sys.stderr)
+        return 3
+    if os.fork():
+        os._exit(0)  # the lock stays with the child
+    _detach(attempt_dir / "supervisor.log")
+    become_subreaper()
+    try:
+        asyncio.run(Supervisor(claim, run_dir, lock).run())
+    except Exception:
+        logger.exception("the supervisor failed")
+        return 1
+    finally:
+        with contextlib.suppress(OSError):
+            (attempt_dir / "reserve").unlink(missing_ok=True)
+            lock.path.unlink(missing_ok=True)
+    return 0
+
+
+def _detach(log: Path) -> None:
+    """Away from the caller's session and streams."""
+    os.setsid()
+    for fd, flags in ((0, os.O_RDONLY), (1, os.O_WRONLY), (2, os.O_WRONLY)):
+        target = os.open(os.devnull if fd == 0 else log, flags | os.O_CREAT | os.O_APPEND, 0o600)
+        os.dup2(target, fd)
+        os.close(target)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,74 @@
+"""How an attempt ended, from how its ranks ended (exit codes: docs/protocol.md, section 2)."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+Outcome = Literal["succeeded", "failed", "cancelled", "paused"]
+
+STOPPED = 75
+_REASON_OF_CODE = {64: "config_invalid", 70: "error", 71: "oom", 74: "disk_full", 76: "nan_loss"}
+_STOPPING = frozenset({0, STOPPED, -signal.SIGTERM, -signal.SIGKILL})
+
+
+class Exit(NamedTuple):
+    """The end of one rank; `code` is negative for a signal."""
+
+    rank: int
+    code: int
+
+
+class Verdict(NamedTuple):
+    """The fields of RunEnded."""
+
+    outcome: Outcome
+    reason: str
+    detail: str
+    exit_code: int | None = None
+    signal: int | None = None
+
+
+def judge(
+    exits: Sequence[Exit],
+    *,
+    asked: Literal["run", "cancel", "pause"],
+    hang: str = "",
+    oom_killed: bool = False,
+    result: Mapping[str, Any] | None = None,
+    last_line: str = "",
+) -> Verdict:
+    """The verdict on ranks that ended in the order of `exits`.
+
+    Ranks that stop when nobody asked the run to (their host goes down) leave it `paused` for reason `worker_stopped`: the server,
+    which wants it to run, queues it again. `hang` says what stood still, `oom_killed` that the kernel killed somebody for memory;
+    `result` is the trainer's own result.json, `last_line` the log's last line.
+    """
+    first = next((end for end in exits if end.code not in (0, STOPPED)), exits[0] if exits else Exit(0, 70))
+    code, number = (first.code, None) if first.code >= 0 else (None, -first.code)
+    codes = {end.code for end in exits}
+    told = str((result or {}).get("detail") or "")
+    if hang:
+        return Verdict("failed", "hang", hang, code, number)
+    if codes == {0}:
+        return Verdict("succeeded", "finished", told, 0)
+    if asked == "cancel" or (asked == "pause" and codes <= _STOPPING):
+        forced = "did not stop in time and was killed; it goes back to its newest checkpoint" if -signal.SIGKILL in codes else ""
+        ended: Outcome = "cancelled" if asked == "cancel" else "paused"
+        return Verdict(ended, ended, forced or told, code, number)
+    if codes <= {0, STOPPED}:
+        return Verdict("paused", "worker_stopped", "its host asked it to stop; the next worker continues it", code, number)
+    if number is not None:
+        if number == signal.SIGKILL and oom_killed:
+            return Verdict("failed", "oom", f"rank {first.rank} was killed by the kernel: the host ran out of memory", None, number)
+        return Verdict("failed", "rank_killed", f"rank {first.rank} was ended by {_name(number)}", None, number)
+    reason = _REASON_OF_CODE.get(first.code, "error")
+    return Verdict("failed", reason, told or last_line or f"rank {first.rank} exited with code {first.code}", code, None)
+
+
+def _name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
