@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe.model import build_model
-from spec import experiment
+from spec.model import Model
 
 BATCH, LENGTH, WIDTH, LAYERS, HEADS, VOCABULARY, DENSE_FF = 8, 256, 256, 4, 4, 512, 1024
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -74,7 +74,7 @@ class Contestant:
 def ours(shape: Shape) -> Contestant:
     """moelab's model of this shape."""
     model = build_model(
-        experiment.Model.model_validate(
+        Model.model_validate(
             {
                 "n_layers": LAYERS, "d_model": WIDTH, "vocab_size": VOCABULARY, "tie_embeddings": False,
                 "attention": {"kind": "gqa", "n_heads": HEADS, "n_kv_heads": HEADS, "qk_norm": shape.qk_norm},

@@ -2,7 +2,6 @@
 
 Letters: B sequences, S tokens, D width, H query heads, G key-value heads, C dimensions of a
 head (V of a value), R rotated dimensions.
-Rotary pairs are neighbours, as in the paper; transformers' Llama and its kin pair dimension i with i + R/2.
 """
 
 from __future__ import annotations
@@ -11,27 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from kernels import dispatch
+from moe.context import Context
 from moe.norm import RmsNorm
-from spec import experiment
-
-
-class Rope:
-    """The rotation of positions 0 .. S-1: unit complex numbers [S, 1, R/2], exact to float32."""
-
-    def __init__(self, length: int, width: int, theta: float, device: torch.device) -> None:
-        inverse = theta ** (-torch.arange(0, width, 2, device=device, dtype=torch.float32) / width)
-        angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), inverse)[:, None]
-        self.turn = torch.polar(torch.ones_like(angle), angle)
-
-    def rotate(self, x_BSHR: Tensor) -> Tensor:
-        """`x`, whose dimensions (2i, 2i + 1) are the parts of a complex number, turned by its position's angles (Su 2021, eq. 34)."""
-        pairs = x_BSHR.to(torch.promote_types(x_BSHR.dtype, torch.float32)).unflatten(-1, (-1, 2))
-        if pairs.device.type == "cpu":
-            turned = torch.view_as_real(torch.view_as_complex(pairs) * self.turn)  # one pass over memory
-        else:
-            (first, second), cos, sin = pairs.unbind(-1), self.turn.real, self.turn.imag
-            turned = torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1)
-        return turned.flatten(-2).to(x_BSHR.dtype)
+from spec import attention as described
+from spec.model import Model
 
 
 def attend(q_BSHC: Tensor, k_BSGC: Tensor, v_BSGV: Tensor) -> Tensor:
@@ -43,7 +25,7 @@ def attend(q_BSHC: Tensor, k_BSGC: Tensor, v_BSGV: Tensor) -> Tensor:
 class GroupedQueryAttention(nn.Module):
     """Heads of queries that share fewer heads of keys and values; projections in one matrix (queries, keys, values)."""
 
-    def __init__(self, spec: experiment.Model, attention: experiment.GroupedQueryAttention) -> None:
+    def __init__(self, spec: Model, attention: described.GroupedQueryAttention) -> None:
         super().__init__()
         self.n_heads, self.n_kv_heads, self.head_dim = attention.n_heads, attention.n_kv_heads, spec.head_dim
         width = self.n_heads * self.head_dim
@@ -56,7 +38,7 @@ class GroupedQueryAttention(nn.Module):
             self.q_norm = RmsNorm(self.head_dim if per_head else width, spec.norm_eps)
             self.k_norm = RmsNorm(self.head_dim if per_head else kv_width, spec.norm_eps)
 
-    def forward(self, x_BSD: Tensor, rope: Rope) -> Tensor:
+    def forward(self, x_BSD: Tensor, context: Context) -> Tensor:
         """[B, S, D] to [B, S, D]."""
         heads, kv_heads = self.n_heads, self.n_kv_heads
         q, k, v = self.qkv(x_BSD).split([heads * self.head_dim, kv_heads * self.head_dim, kv_heads * self.head_dim], dim=-1)
@@ -65,14 +47,14 @@ class GroupedQueryAttention(nn.Module):
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
-        y: Tensor = self.out(attend(rope.rotate(q), rope.rotate(k), v))
+        y: Tensor = self.out(attend(context.rope.rotate(q), context.rope.rotate(k), v))
         return y
 
 
 class LatentAttention(nn.Module):
     """Keys and values from one low-rank latent; the rotary part of the key is one head that all queries share."""
 
-    def __init__(self, spec: experiment.Model, attention: experiment.LatentAttention) -> None:
+    def __init__(self, spec: Model, attention: described.LatentAttention) -> None:
         super().__init__()
         self.spec = attention
         q_width = attention.n_heads * (attention.qk_nope_head_dim + attention.qk_rope_head_dim)
@@ -87,7 +69,7 @@ class LatentAttention(nn.Module):
         self.kv_up = nn.Linear(attention.kv_lora_rank, attention.n_heads * (attention.qk_nope_head_dim + attention.v_head_dim), bias=False)
         self.out = nn.Linear(attention.n_heads * attention.v_head_dim, spec.d_model, bias=False)
 
-    def forward(self, x_BSD: Tensor, rope: Rope) -> Tensor:
+    def forward(self, x_BSD: Tensor, context: Context) -> Tensor:
         """[B, S, D] to [B, S, D]."""
         spec = self.spec
         q_flat = self.q_up(self.q_norm(self.q_down(x_BSD))) if spec.q_lora_rank else self.q(x_BSD)
@@ -95,20 +77,15 @@ class LatentAttention(nn.Module):
         latent, k_rope = self.kv_down(x_BSD).split([spec.kv_lora_rank, spec.qk_rope_head_dim], dim=-1)
         kv = self.kv_up(self.kv_norm(latent)).unflatten(-1, (spec.n_heads, -1))
         k_nope, v = kv.split([spec.qk_nope_head_dim, spec.v_head_dim], dim=-1)
-        k_rope = rope.rotate(k_rope.unsqueeze(2)).expand(-1, -1, spec.n_heads, -1)
-        q = torch.cat((q_nope, rope.rotate(q_rope)), dim=-1)
+        k_rope = context.rope.rotate(k_rope.unsqueeze(2)).expand(-1, -1, spec.n_heads, -1)
+        q = torch.cat((q_nope, context.rope.rotate(q_rope)), dim=-1)
         k = torch.cat((k_nope, k_rope), dim=-1)
         y: Tensor = self.out(attend(q, k, v))
         return y
 
 
-def build_attention(spec: experiment.Model) -> GroupedQueryAttention | LatentAttention:
+def build_attention(spec: Model) -> GroupedQueryAttention | LatentAttention:
     """The attention that the spec names."""
     if spec.attention.kind == "mla":
         return LatentAttention(spec, spec.attention)
     return GroupedQueryAttention(spec, spec.attention)
-
-
-def rotated_width(spec: experiment.Model) -> int:
-    """Dimensions of a head that carry rotary position."""
-    return spec.attention.qk_rope_head_dim if spec.attention.kind == "mla" else spec.head_dim

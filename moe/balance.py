@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from moe.routing import Decision
-from spec import experiment
+from spec.balance import BalanceLoss, BalanceTerm
 
 
-def loss_terms(balance: Sequence[experiment.BalanceTerm]) -> tuple[experiment.SwitchAux | experiment.SequenceAux | experiment.ZLoss, ...]:
+def loss_terms(balance: Sequence[BalanceTerm]) -> tuple[BalanceLoss, ...]:
     """The terms that add to the loss, in the spec's order: all but the loss-free bias."""
     return tuple(term for term in balance if term.kind != "loss_free_bias")
 
 
-def bias_update_rate(balance: Sequence[experiment.BalanceTerm]) -> float | None:
+def bias_update_rate(balance: Sequence[BalanceTerm]) -> float | None:
     """The loss-free bias's update rate, or None where it is not used."""
     return next((term.update_rate for term in balance if term.kind == "loss_free_bias"), None)
 

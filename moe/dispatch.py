@@ -10,10 +10,10 @@ import math
 import torch
 from torch import Tensor
 
-from spec import experiment
+from spec.routing import Capacity
 
 
-def limit(capacity: experiment.Capacity, n_tokens: int, top_k: int, n_experts: int, *, training: bool) -> int | None:
+def limit(capacity: Capacity, n_tokens: int, top_k: int, n_experts: int, *, training: bool) -> int | None:
     """Assignments that one expert may take in a batch of `n_tokens`: ceil(factor * K * T / E), or None without a limit."""
     if capacity.kind == "dropless":
         return None

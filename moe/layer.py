@@ -10,17 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe import balance, dispatch
+from moe.context import Context
 from moe.experts import Experts
 from moe.feedforward import FeedForward
 from moe.router import Router
-from moe.routing import Decision, LayerStats
-from spec import experiment
+from moe.routing import Decision, LayerOutput, LayerStats
+from spec.model import Model
 
 
 class MoeLayer(nn.Module):
     """Router, routed experts and shared experts in the place of a feed-forward layer."""
 
-    def __init__(self, spec: experiment.Model) -> None:
+    def __init__(self, spec: Model) -> None:
         super().__init__()
         moe = spec.moe
         if moe is None:
@@ -31,9 +32,9 @@ class MoeLayer(nn.Module):
         self.router = Router(moe.router, spec.d_model, moe.n_experts, moe.top_k, biased=self.bias_rate is not None)
         self.experts = Experts(moe.n_experts, spec.d_model, moe.d_expert, spec.activation)
         self.shared = FeedForward(spec.d_model, moe.n_shared * moe.shared_width, spec.activation) if moe.n_shared else None
-        self.shared_gate = nn.Parameter(torch.empty(1, spec.d_model)) if moe.n_shared and moe.shared_gate else None
+        self.shared_gate = nn.Parameter(torch.empty(1, spec.d_model)) if moe.combine == "sigmoid_gate" else None
 
-    def forward(self, x_BSD: Tensor) -> tuple[Tensor, Tensor, LayerStats]:
+    def forward(self, x_BSD: Tensor, context: Context) -> LayerOutput:
         """The layer's output [B, S, D], its weighted balancing loss, and its statistics."""
         x_TD = x_BSD.flatten(0, 1)
         decision: Decision = self.router(x_TD)
@@ -50,7 +51,7 @@ class MoeLayer(nn.Module):
             y_BSD = y_BSD + self._shared(self.shared, x_BSD)
         loss_N = [balance.loss(term.kind, decision, count_E, len(x_BSD)) for term in self.terms]
         weighted = sum((term.coefficient * loss for term, loss in zip(self.terms, loss_N, strict=True)), x_TD.new_zeros((), dtype=torch.float32))
-        return y_BSD, weighted, layer_stats(decision, count_E, dropped_E, loss_N)
+        return LayerOutput(y_BSD, weighted, layer_stats(decision, count_E, dropped_E, loss_N), decision.prob_TE.mean(0), decision.log_prob_T)
 
     def _shared(self, shared: FeedForward, x_BSD: Tensor) -> Tensor:
         y_BSD: Tensor = shared(x_BSD)
@@ -74,4 +75,5 @@ def layer_stats(decision: Decision, count_E: Tensor, dropped_E: Tensor, loss_N: 
         balance_loss_N=torch.stack([loss.detach().float() for loss in loss_N]) if loss_N else prob_TE.new_zeros(0),
         router_entropy=-torch.dot(prob_TE.flatten(), prob_TE.clamp_min(1e-30).log_().flatten()) / len(prob_TE),
         max_logit=torch.maximum(-lowest, highest).float(),
+        figures={name: figure.detach() for name, figure in decision.figures.items()},
     )

@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe import balance
-from moe.attention import Rope, build_attention, rotated_width
+from moe.attention import build_attention
+from moe.context import Context
 from moe.feedforward import FeedForward
 from moe.layer import MoeLayer
 from moe.norm import build_norm
-from moe.routing import LayerStats, RoutingStats
-from spec import experiment
+from moe.rope import Rope, rotated_width
+from moe.routing import LayerOutput, RoutingStats
+from spec.model import Model
 from spec.trainable import model_problems
 
 
@@ -40,7 +42,7 @@ class Output:
 class Block(nn.Module):
     """Pre-norm residual block: attention, then a feed-forward or MoE layer."""
 
-    def __init__(self, spec: experiment.Model, *, sparse: bool) -> None:
+    def __init__(self, spec: Model, *, sparse: bool) -> None:
         super().__init__()
         self.attention_norm = build_norm(spec)
         self.attention = build_attention(spec)
@@ -48,20 +50,20 @@ class Block(nn.Module):
         self.ffn: MoeLayer | FeedForward = MoeLayer(spec) if sparse else FeedForward(spec.d_model, spec.d_ff, spec.activation)
         self.dropout = nn.Dropout(spec.dropout)
 
-    def forward(self, x_BSD: Tensor, rope: Rope) -> tuple[Tensor, Tensor | None, LayerStats | None]:
-        """The residual stream after the block; for a MoE layer also its weighted balancing loss and statistics."""
-        x_BSD = x_BSD + self.dropout(self.attention(self.attention_norm(x_BSD), rope))
+    def forward(self, x_BSD: Tensor, context: Context) -> tuple[Tensor, LayerOutput | None]:
+        """The residual stream after the block, and what a MoE layer in it says."""
+        x_BSD = x_BSD + self.dropout(self.attention(self.attention_norm(x_BSD), context))
         u_BSD = self.ffn_norm(x_BSD)
         if isinstance(self.ffn, MoeLayer):
-            y_BSD, loss, stats = self.ffn(u_BSD)
-            return x_BSD + self.dropout(y_BSD), loss, stats
-        return x_BSD + self.dropout(self.ffn(u_BSD)), None, None
+            routed: LayerOutput = self.ffn(u_BSD, context)
+            return x_BSD + self.dropout(routed.y_BSD), routed
+        return x_BSD + self.dropout(self.ffn(u_BSD)), None
 
 
 class Transformer(nn.Module):
     """The model. `recompute` keeps only each block's input and runs the block again in the backward pass."""
 
-    def __init__(self, spec: experiment.Model, *, recompute: bool = False) -> None:
+    def __init__(self, spec: Model, *, recompute: bool = False) -> None:
         super().__init__()
         self.spec = spec
         self.recompute = recompute
@@ -74,27 +76,32 @@ class Transformer(nn.Module):
         self.head_bias = nn.Parameter(torch.empty(spec.vocab_size)) if spec.lm_head_bias else None
         initialise(self)
 
-    def forward(self, tokens_BS: Tensor, targets_BS: Tensor | None = None) -> Output:
-        """Predict each next token. `targets_BS` holds token ids, or -100 where nothing is to be predicted."""
+    def forward(self, tokens_BS: Tensor, targets_BS: Tensor | None = None, document_BS: Tensor | None = None) -> Output:
+        """Predict each next token. `targets_BS` holds token ids, or -100 where nothing is to be predicted.
+
+        With `document_BS`, a number for each token's document, attention does not cross from one document to another.
+        """
         x_BSD = self.embedding(tokens_BS)
         rope = Rope(tokens_BS.shape[1], rotated_width(self.spec), self.spec.rope_theta, x_BSD.device)
-        losses, stats = [], []
+        context = Context(tokens_BS, rope, document_BS)
+        routed: list[LayerOutput] = []
         for block in self.blocks:
-            if self.recompute and self.training and torch.is_grad_enabled():
-                x_BSD, loss, layer = checkpoint(block, x_BSD, rope, use_reentrant=False)
-            else:
-                x_BSD, loss, layer = block(x_BSD, rope)
+            x_BSD, layer = self._run(block, x_BSD, context)
             if layer is not None:
-                losses.append(loss)
-                stats.append(layer)
+                routed.append(layer)
         logits_BSV = F.linear(self.norm(x_BSD), self.embedding.weight if self.head is None else self.head, self.head_bias)
         lm_loss = None if targets_BS is None else F.cross_entropy(logits_BSV.flatten(0, 1).float(), targets_BS.flatten())
         return Output(
             logits_BSV=logits_BSV if targets_BS is None else None,
             lm_loss=lm_loss,
-            balance_loss=torch.stack(losses).sum() if losses else x_BSD.new_zeros((), dtype=torch.float32),
-            stats=RoutingStats.stacked(stats) if stats else None,
+            balance_loss=torch.stack([layer.loss for layer in routed]).sum() if routed else x_BSD.new_zeros((), dtype=torch.float32),
+            stats=RoutingStats.stacked([layer.stats for layer in routed]) if routed else None,
         )
+
+    def _run(self, block: nn.Module, x_BSD: Tensor, context: Context) -> tuple[Tensor, LayerOutput | None]:
+        if self.recompute and self.training and torch.is_grad_enabled():
+            return checkpoint(block, x_BSD, context, use_reentrant=False)  # type: ignore[no-any-return]
+        return block(x_BSD, context)  # type: ignore[no-any-return]
 
     def update_balance(self, stats: RoutingStats) -> None:
         """Move the loss-free biases, in place: once per optimiser step, with the counts of the whole step over all ranks.
@@ -133,7 +140,7 @@ def initialise(model: Transformer) -> None:
             parameter.zero_()
 
 
-def build_model(spec: experiment.Model, *, recompute: bool = False) -> Transformer:
+def build_model(spec: Model, *, recompute: bool = False) -> Transformer:
     """The spec's model with fresh weights, on torch's current default device, from torch's current seed.
 
     Raises ValueError, naming the fields, for what `spec.trainable` says cannot be trained.

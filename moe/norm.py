@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import dispatch
-from spec import experiment
+from spec.model import Model
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -44,7 +44,7 @@ class LayerNorm(nn.Module):
         return y.to(product_dtype(x))
 
 
-def build_norm(spec: experiment.Model) -> nn.Module:
+def build_norm(spec: Model) -> nn.Module:
     """The model's normalisation of the residual stream."""
     if spec.norm == "rmsnorm":
         return RmsNorm(spec.d_model, spec.norm_eps)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe.routing import Decision
-from spec import experiment
+from spec import routing
 
 
 class Router(nn.Module):
@@ -23,7 +23,7 @@ class Router(nn.Module):
 
     bias_E: Tensor | None
 
-    def __init__(self, spec: experiment.Router, d_model: int, n_experts: int, top_k: int, *, biased: bool) -> None:
+    def __init__(self, spec: routing.Router, d_model: int, n_experts: int, top_k: int, *, biased: bool) -> None:
         super().__init__()
         self.spec = spec
         self.top_k = top_k

@@ -5,8 +5,8 @@ Letters: T tokens, E experts, K chosen per token, L MoE layers, N balancing term
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -18,8 +18,10 @@ class Decision(NamedTuple):
 
     logits_TE: Tensor
     prob_TE: Tensor  # a distribution over experts for every token
-    expert_TK: Tensor  # int64
+    expert_TK: Tensor  # int64; E where nothing was chosen
     gate_TK: Tensor
+    log_prob_T: Tensor | None = None  # of the drawn expert, where the router learns by policy gradient
+    figures: Mapping[str, Tensor] = {}  # scalars that this kind of router reports of itself
 
 
 class LayerStats(NamedTuple):
@@ -31,6 +33,17 @@ class LayerStats(NamedTuple):
     balance_loss_N: Tensor
     router_entropy: Tensor
     max_logit: Tensor
+    figures: Mapping[str, Tensor] = {}
+
+
+class LayerOutput(NamedTuple):
+    """Of one MoE layer."""
+
+    y_BSD: Tensor
+    loss: Tensor  # the balancing terms that the layer can compute alone, each times its coefficient
+    stats: LayerStats
+    prob_E: Tensor  # mean probabilities, differentiable: for terms that need more than this layer and batch
+    log_prob_T: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -46,12 +59,14 @@ class RoutingStats:
     balance_loss_LT: Tensor  # value of each of Transformer.balance_terms (the T), without its coefficient
     router_entropy_L: Tensor  # nats, mean over tokens
     max_logit: Tensor  # largest magnitude of a router logit, scalar
+    figures: Mapping[str, Tensor] = field(default_factory=dict)  # float32 scalars, means over layers, by the name that telemetry shows
 
     @classmethod
     def stacked(cls, layers: Sequence[LayerStats]) -> RoutingStats:
         """The model's statistics from its layers'."""
-        tokens, dropped, prob, balance, entropy, logit = (torch.stack(column) for column in zip(*layers, strict=True))
-        return cls(tokens, dropped, prob, balance, entropy, logit.max())
+        *columns, figures = zip(*layers, strict=True)
+        tokens, dropped, prob, balance, entropy, logit = (torch.stack(column) for column in columns)
+        return cls(tokens, dropped, prob, balance, entropy, logit.max(), mean_figures(figures))
 
     @classmethod
     def merged(cls, parts: Sequence[RoutingStats]) -> RoutingStats:
@@ -65,4 +80,10 @@ class RoutingStats:
             balance_loss_LT=torch.stack([part.balance_loss_LT for part in parts]).mean(0),
             router_entropy_L=torch.stack([part.router_entropy_L for part in parts]).mean(0),
             max_logit=torch.stack([part.max_logit for part in parts]).max(),
+            figures=mean_figures([part.figures for part in parts]),
         )
+
+
+def mean_figures(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Each figure's mean over the parts, all of which have the same names."""
+    return {name: torch.stack([part[name].float() for part in parts]).mean() for name in parts[0]}

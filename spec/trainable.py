@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from spec.experiment import ExperimentSpec, GroupedQueryAttention, Model
+from spec.attention import GroupedQueryAttention
+from spec.experiment import ExperimentSpec
+from spec.model import Model
 from spec.problems import Problem
 
 
@@ -22,6 +24,10 @@ def model_problems(model: Model) -> Iterator[Problem]:
         yield _priced_only("/model/encoder_layers", "an encoder-decoder")
     if model.position == "t5_relative":
         yield _priced_only("/model/position", "T5's relative positions")
+    if model.mtp_depth:
+        yield _priced_only("/model/mtp_depth", "multi-token prediction")
+    if model.rope_scaling is not None:
+        yield _priced_only("/model/rope_scaling", "scaled rotary positions")
     if model.sandwich_norm:
         yield _priced_only("/model/sandwich_norm", "normalisation after each block")
     if isinstance(model.attention, GroupedQueryAttention):
@@ -40,6 +46,11 @@ def _attention(attention: GroupedQueryAttention) -> Iterator[Problem]:
         yield _priced_only("/model/attention/experts", "routed attention projections")
     if attention.sinks:
         yield _priced_only("/model/attention/sinks", "attention sinks")
+    if attention.qk_norm == "l2":
+        yield _priced_only("/model/attention/qk_norm", "l2 normalisation")
+    for name in ("clip_qkv", "chunk", "nope_every", "temperature_floor"):
+        if getattr(attention, name):
+            yield _priced_only(f"/model/attention/{name}", name)
     if attention.sliding_window is not None:
         yield _priced_only("/model/attention/sliding_window", "a sliding window")
 

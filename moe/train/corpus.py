@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from moe.train import user_text
 from moe.train.stop import SpecRefused
-from spec.experiment import Data
+from spec.data import Data
 
 SEPARATOR = 256
 _FORMAT = 1

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moe.model import Transformer
-from spec.experiment import Optimizer
+from spec.training import Optimizer
 
 
 @dataclass

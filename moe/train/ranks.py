@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe.train.stop import SpecRefused
-from spec.experiment import Parallel
+from spec.training import Parallel
 
 
 @dataclass(frozen=True)

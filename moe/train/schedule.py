@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from spec.experiment import Optimizer
+from spec.training import Optimizer
 
 
 def learning_rate(optimizer: Optimizer, step: int, steps: int) -> float:

@@ -58,6 +58,7 @@ def step_parts(
             "balance": stats.balance_loss_LT,
             "router_entropy": stats.router_entropy_L,
             "max_logit": stats.max_logit,
+            **{f"router/{name}": figure for name, figure in sorted(stats.figures.items())},
         }
     if bias_LE is not None:
         parts["expert_bias"] = bias_LE

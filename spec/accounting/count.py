@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from spec.experiment import GroupedQueryAttention, LatentAttention, Model
+from spec.attention import GroupedQueryAttention, LatentAttention
+from spec.model import Model
+from spec.moe import GATED
 
 PARTS = ("embedding", "attention", "dense_ffn", "routers", "experts", "shared_experts", "norms", "head")
 T5_BUCKETS = 32
@@ -70,7 +72,7 @@ def count(model: Model) -> dict[str, Count]:
 
 
 def _ffn(d: int, width: int, activation: str) -> Count:
-    return matrix((3 if activation in ("swiglu", "geglu") else 2) * d * width)
+    return matrix((3 if activation in GATED else 2) * d * width)
 
 
 def _moe(model: Model) -> dict[str, Count]:
@@ -81,10 +83,10 @@ def _moe(model: Model) -> dict[str, Count]:
     activation = moe.activation or model.activation
     expert, n = _ffn(d, moe.d_expert, activation), moe.n_experts
     if moe.bias == "expert":
-        expert += vector((2 if activation in ("swiglu", "geglu") else 1) * moe.d_expert + d)
+        expert += vector((2 if activation in GATED else 1) * moe.d_expert + d)
     experts = expert.choose(moe.top_k, n) + vector(d if moe.bias == "layer" else 0)
     shared = _ffn(d, moe.shared_width, activation) * moe.n_shared
-    if moe.shared_gate and moe.n_shared:
+    if moe.combine == "sigmoid_gate":
         shared += matrix(d)
     return {"routers": matrix(d * n) + vector(n if moe.router.bias else 0), "experts": experts, "shared_experts": shared}
 

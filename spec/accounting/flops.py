@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from spec.experiment import LatentAttention, Model
+from spec.attention import LatentAttention
+from spec.model import Model
 
 
 def attention_flops(model: Model, s: int) -> int:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from spec.accounting.count import n_moe_layers
-from spec.experiment import ExperimentSpec, LatentAttention, Model
+from spec.attention import LatentAttention
+from spec.experiment import ExperimentSpec
+from spec.model import Model
+from spec.moe import GATED
 
 
 def _width_bytes(spec: ExperimentSpec) -> int:
@@ -27,7 +30,7 @@ def activation_bytes(spec: ExperimentSpec) -> int:
     dense = width * (4 * d + (3 if model.gated else 2) * model.d_ff)
     routed = 0
     if moe is not None:
-        saved = 3 if (moe.activation or model.activation) in ("swiglu", "geglu") else 2
+        saved = 3 if (moe.activation or model.activation) in GATED else 2
         paths = moe.top_k * (saved * moe.d_expert + 2 * d) + moe.n_shared * saved * moe.shared_width
         routed = width * (4 * d + paths) + 8 * moe.n_experts
     logits = 8 * model.vocab_size

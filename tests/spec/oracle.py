@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
-from spec.experiment import ExperimentSpec, Model
+from spec.experiment import ExperimentSpec
+from spec.model import Model
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def _moe(model: Model) -> Iterator[Tensor]:
         yield Tensor("experts", (d,), multiplied=False)
     for _ in range(moe.n_shared):
         yield from _ffn("shared_experts", d, moe.d_shared or moe.d_expert, activation)
-    if moe.shared_gate and moe.n_shared:
+    if moe.combine == "sigmoid_gate":
         yield Tensor("shared_experts", (1, d))
 
 

@@ -52,12 +52,11 @@ MOE = st.fixed_dictionaries(
         "d_shared": st.none() | small(1, 9),
         "activation": st.none() | ACTIVATION,
         "bias": st.sampled_from(["none", "expert", "layer"]),
-        "shared_gate": st.booleans(),
         "first_k_dense": small(0, 2),
         "every": small(1, 2),
         "router": st.fixed_dictionaries({"bias": st.booleans()}),
     }
-)
+) | st.fixed_dictionaries({"n_shared": small(1, 2), "combine": st.just("sigmoid_gate"), "d_expert": small(1, 12)})
 MODEL = st.fixed_dictionaries(
     {
         "n_layers": small(1, 4),

@@ -26,7 +26,7 @@ def test_changes_reach_their_fields_and_nothing_else() -> None:
         ("name", "untitled", "wide"),
         ("model.attention.n_heads", 4, 8),
         ("model.moe.top_k", 2, 4),
-        ("model.moe.balance", [{"kind": "switch_aux", "coefficient": 0.01}], []),
+        ("model.moe.balance", [{"kind": "switch_aux", "coefficient": 0.01, "choices": "all"}], []),
     ]
     assert ExperimentSpec.model_validate(changed).model.moe is not None
 

@@ -9,7 +9,7 @@ import torch
 
 from moe import balance
 from moe.routing import Decision
-from spec import experiment
+from spec import balance as balance_spec
 
 
 def random_decision(n_tokens: int = 24, n_experts: int = 6, top_k: int = 2) -> Decision:
@@ -91,7 +91,7 @@ def test_the_bias_rises_for_idle_experts_and_falls_for_busy_ones_by_the_rate():
 
 
 def test_terms_with_a_loss_keep_the_specs_order():
-    listed = [experiment.ZLoss(), experiment.LossFreeBias(update_rate=0.01), experiment.SwitchAux()]
+    listed = [balance_spec.ZLoss(), balance_spec.LossFreeBias(update_rate=0.01), balance_spec.SwitchAux()]
     assert [term.kind for term in balance.loss_terms(listed)] == ["z_loss", "switch_aux"]
     assert balance.bias_update_rate(listed) == 0.01 and balance.bias_update_rate([]) is None
     with pytest.raises(ValueError, match="loss_free_bias"):

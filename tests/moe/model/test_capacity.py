@@ -7,14 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe.dispatch import drop_overflow, limit
-from spec import experiment
+from spec.routing import Capacity
 
 
 def test_the_limit_is_the_ceiling_of_the_fair_share_times_the_factor():
-    capacity = experiment.Capacity(kind="factor", factor=1.25, eval_factor=2.0)
+    capacity = Capacity(kind="factor", factor=1.25, eval_factor=2.0)
     assert limit(capacity, 100, 2, 8, training=True) == 32  # 1.25 * 25 = 31.25
     assert limit(capacity, 100, 2, 8, training=False) == 50
-    assert limit(experiment.Capacity(), 100, 2, 8, training=True) is None
+    assert limit(Capacity(), 100, 2, 8, training=True) is None
 
 
 @given(data=st.data(), n_tokens=st.integers(1, 12), top_k=st.integers(1, 3), n_experts=st.integers(1, 4), most=st.integers(0, 6))

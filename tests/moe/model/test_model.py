@@ -10,8 +10,9 @@ from torch import Tensor
 
 from moe.model import Output, Transformer, build_model
 from moe.routing import RoutingStats
-from spec import experiment
 from spec.accounting import price
+from spec.experiment import ExperimentSpec
+from spec.model import Model
 from spec.presets import load, names
 from spec.trainable import problems
 
@@ -36,7 +37,7 @@ VARIANTS: dict[str, dict] = {
             "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8,
         },
         "moe": MOE | {
-            "n_shared": 2, "first_k_dense": 1, "shared_gate": True,
+            "n_shared": 2, "first_k_dense": 1, "combine": "sigmoid_gate",
             "router": {"kind": "sigmoid_topk", "n_groups": 3, "top_groups": 2, "scale": 2.5},
             "balance": [{"kind": "loss_free_bias"}, {"kind": "sequence_aux"}],
         },
@@ -51,9 +52,9 @@ VARIANTS: dict[str, dict] = {
 }  # fmt: skip
 
 
-def spec(name: str, **changes: object) -> experiment.Model:
+def spec(name: str, **changes: object) -> Model:
     base = {"n_layers": 3, "d_model": 32, "d_ff": 48, "vocab_size": 264, "attention": {"kind": "gqa", "n_heads": 4, "n_kv_heads": 4}}
-    return experiment.Model.model_validate(base | VARIANTS[name] | changes)
+    return Model.model_validate(base | VARIANTS[name] | changes)
 
 
 def model(name: str, *, seed: int = 0, **changes: object) -> Transformer:
@@ -78,7 +79,7 @@ def stats_of(output: Output) -> RoutingStats:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_parameters_are_as_many_as_the_accountant_counts(name):
-    experiment_spec = experiment.ExperimentSpec(model=spec(name))
+    experiment_spec = ExperimentSpec(model=spec(name))
     with torch.device("meta"):
         built = build_model(experiment_spec.model)
     assert sum(p.numel() for p in built.parameters()) == price(experiment_spec).total_params

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe.router import Router, limit_groups
-from spec import experiment
+from spec import routing
 
 
 def router(kind: str, n_experts: int = 8, top_k: int = 3, *, biased: bool = False, seed: int = 0, **options: object) -> Router:
-    built = Router(experiment.Router(kind=kind, **options), 16, n_experts, top_k, biased=biased)
+    built = Router(routing.Router(kind=kind, **options), 16, n_experts, top_k, biased=biased)
     torch.manual_seed(seed)
     torch.nn.init.normal_(built.weight)
     return built

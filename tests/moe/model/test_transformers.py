@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe.model import Transformer, build_model
-from spec import experiment
+from spec.model import Model
 
 transformers = pytest.importorskip("transformers")
 
@@ -139,7 +139,7 @@ def pair(name: str) -> tuple[nn.Module, Transformer]:
             if key.endswith("e_score_correction_bias"):
                 tensor.normal_(0.0, 0.1)
     moe = {"n_experts": 6, "top_k": 2, "d_expert": 24, "balance": [], **parts["moe"]}
-    spec = experiment.Model.model_validate(
+    spec = Model.model_validate(
         {
             "n_layers": 3,
             "d_model": 32,

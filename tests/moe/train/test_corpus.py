@@ -14,7 +14,7 @@ import pytest
 
 from moe.train import corpus, stdlib_text, user_text
 from moe.train.stop import SpecRefused
-from spec.experiment import Data
+from spec.data import Data
 
 DOMAINS = {"code": 1_000_000, "prose": 1_000_000, "tables": 500_000}
 

@@ -7,7 +7,7 @@ import torch
 
 from moe.model import build_model
 from moe.train.optimizer import AdamW
-from spec.experiment import Optimizer
+from spec.training import Optimizer
 from tests.moe.train.tiny import tiny
 
 SPEC = tiny(model={"tie_embeddings": False, "norm": "layernorm", "norm_bias": True}).model

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from moe.train.schedule import learning_rate
-from spec.experiment import Optimizer
+from spec.training import Optimizer
 
 
 def test_warms_up_linearly_to_the_peak() -> None:
