@@ -162,7 +162,7 @@ async def test_cancel_arrives_within_three_seconds_without_valkey(run: Run) -> N
 
 @pytest.mark.chaos
 async def test_the_database_restarts(run: Run, postgres: Postgres) -> None:
-    """The sender is told to come again, and goes on from what was acknowledged; a viewer stays."""
+    """The sender is told to come again, and goes on from what is stored, which may be more than it heard of; a viewer stays."""
     reading = bearer(await sync_to_async(token_of)(run.owner, "read"))
     async with socket(f"/ws/runs/{run.pk}/?after=0", reading) as viewer:
         await until(viewer, "hello")
@@ -177,14 +177,15 @@ async def test_the_database_restarts(run: Run, postgres: Postgres) -> None:
             finally:
                 postgres.start()
         async with socket(path(run), RUN_TOKEN) as it:
-            assert (await said(it))["acked"] == {"1": 3}
-            it.send(events_frame(1, [step(2)]))
+            stored = (await said(it))["acked"]["1"]
+            assert stored in (3, 4), "what was being written when the socket closed may be stored once the database is back"
+            it.send(events_frame(1, [step(number) for number in (2, 3)][stored - 3 :]))
             await until(it, "ack")
         seen: list[int] = []
         async with asyncio.timeout(20):
-            while 2 not in seen:
+            while 3 not in seen:
                 seen += (await until(viewer, "steps"))["step"]
-    assert seen == [1, 2]
+    assert seen == await steps_of(run) == [1, 2, 3]
 
 
 async def test_the_log_may_follow_the_end(run: Run) -> None:

@@ -130,7 +130,7 @@ def test_statistics_add_up(name):
         torch.testing.assert_close(stats.router_prob_LE.sum(1), torch.ones(n_layers))
         assert stats.balance_loss_LT.shape == (n_layers, len(built.balance_terms))
         assert ((stats.router_entropy_L >= 0) & (stats.router_entropy_L <= torch.log(torch.tensor(moe.n_experts)) + 1e-5)).all()
-        assert not any(t.requires_grad for t in vars(stats).values())
+        assert not any(t.requires_grad for t in (*vars(stats).values(), *stats.figures.values()) if isinstance(t, Tensor))
         weights = torch.tensor([term.coefficient for term in moe.balance if term.kind != "loss_free_bias"])
         torch.testing.assert_close(output.balance_loss.detach(), (stats.balance_loss_LT * weights).sum())
 
