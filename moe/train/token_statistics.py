@@ -46,7 +46,8 @@ def neighbour_vectors(domains: Sequence[Domain], vocab_size: int, width: int, se
         tokens, firsts = np.unique(token_P[part], return_index=True)  # the pairs are in the order of their tokens
         vector_VW[tokens] += np.add.reduceat(row_PW, firsts, axis=0)
     length_V = np.linalg.norm(vector_VW, axis=1, keepdims=True)
-    return np.divide(vector_VW, length_V, out=vector_VW, where=length_V > 0)
+    vector_VW /= np.where(length_V > 0, length_V, 1)
+    return vector_VW
 
 
 def _pairs(domains: Sequence[Domain], vocab_size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
