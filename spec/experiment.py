@@ -34,6 +34,8 @@ class ExperimentSpec(Part):
     def _fits(self) -> Self:
         if self.data.tokenizer == "byte" and self.model.vocab_size < 257:
             raise ValueError(f"model.vocab_size {self.model.vocab_size} < 257, which data.tokenizer byte needs")
+        if self.data.tokenizer == "bpe" and self.model.vocab_size < self.data.bpe_vocab_size:
+            raise ValueError(f"model.vocab_size {self.model.vocab_size} < {self.data.bpe_vocab_size}, which data.bpe_vocab_size asks for")
         if self.model.moe is None and self.parallel.expert > 1:
             raise ValueError(f"parallel.expert {self.parallel.expert} needs a model with MoE layers")
         if self.model.moe is not None and self.model.moe.n_experts % self.parallel.expert:
