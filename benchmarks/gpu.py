@@ -45,6 +45,7 @@ def choose(kind: str, n_tokens: int, top_k: int, n_experts: int, device: str) ->
 
 def error(out: Tensor, ref: Tensor) -> float:
     """||out - ref|| / ||ref||, absolute where the reference is zero; 1e30 for what is not finite."""
+    out, ref = out.detach(), ref.detach()
     norm = ref.double().norm()
     found = (out.double() - ref.double()).norm() / torch.where(norm > 0, norm, 1.0)
     return float(found.nan_to_num(1e30, 1e30))
@@ -66,11 +67,11 @@ def operations(device: str, dtype: torch.dtype, kind: str, shape: tuple[int, int
     w_out_EDF = torch.randn(n_experts, width, expert_width, device=device).mul_(expert_width**-0.5).to(dtype)
     act_RF = torch.randn(n_tokens * top_k, expert_width, device=device).to(dtype)
     act_RF[kept:] = float("nan")
-    products = (("up", x_TD, w_in_EHD, True, False), ("up swiglu", x_TD, w_in_EHD, True, True), ("down", act_RF, w_out_EDF, False, False))
-    for name, a, w, gather, swiglu in products:
-        ref = grouped_gemm_naive.grouped_gemm(a.double(), w.double(), tiles.token_R, end_E, gather=gather, swiglu=swiglu)[:kept]
+    products = (("up", x_TD, w_in_EHD, True, "none"), ("up swiglu", x_TD, w_in_EHD, True, "swiglu"), ("down", act_RF, w_out_EDF, False, "none"))
+    for name, a, w, gather, activation in products:
+        ref = grouped_gemm_naive.grouped_gemm(a.double(), w.double(), tiles.token_R, end_E, gather=gather, activation=activation)[:kept]
         for precision in ("tf32", "ieee") if dtype == torch.float32 else ("tf32",):
-            got = grouped_gemm(a, w, tiles, gather=gather, swiglu=swiglu, precision=precision)[:kept]
+            got = grouped_gemm(a, w, tiles, gather=gather, activation=activation, precision=precision)[:kept]
             yield (f"{name} {precision}" if dtype == torch.float32 else name), error(got, ref), MOST_IEEE if precision == "ieee" else MOST[dtype]
     y_RD = torch.randn(n_tokens * top_k, width, device=device).to(dtype)
     y_RD[kept:] = float("nan")
@@ -78,9 +79,15 @@ def operations(device: str, dtype: torch.dtype, kind: str, shape: tuple[int, int
     yield "combine", error(combine(y_RD, tiles.row_TK, gate_TK, tiles.end_E[-1:]), (y_TKD * gate_TK.double()[:, :, None]).sum(1)), MOST[dtype]
     for activation in ("swiglu", "geglu", "relu", "gelu"):
         w_EHD = w_in_EHD if activation in ("swiglu", "geglu") else w_in_EHD[:, :expert_width]
-        got = experts_triton.expert_ffn(x_TD, w_EHD, w_out_EDF, expert_TK, gate_TK, activation)
-        ref = experts_naive.expert_ffn(x_TD.double(), w_EHD.double(), w_out_EDF.double(), expert_TK, gate_TK.double(), activation)
+        given = [tensor.detach().requires_grad_() for tensor in (x_TD, w_EHD, w_out_EDF, gate_TK)]
+        exact = [tensor.detach().double().requires_grad_() for tensor in given]
+        got = experts_triton.expert_ffn(*given[:3], expert_TK, given[3], activation)
+        ref = experts_naive.expert_ffn(*exact[:3], expert_TK, exact[3], activation)
         yield f"expert_ffn {activation}", error(got, ref), MOST[dtype]
+        dy_TD = torch.randn_like(got)
+        gradients = torch.autograd.grad(got, given, dy_TD), torch.autograd.grad(ref, exact, dy_TD.double())
+        for name, mine, wanted in zip(("dx", "dw_in", "dw_out", "dgate"), *gradients, strict=True):
+            yield f"expert_ffn {activation} {name}", error(mine, wanted), MOST[dtype]
 
 
 def numerics(device: str = "cuda", shapes: tuple[tuple[int, int, int, int, int], ...] = SHAPES) -> tuple[dict[str, float], list[str]]:
@@ -100,19 +107,15 @@ def numerics(device: str = "cuda", shapes: tuple[tuple[int, int, int, int, int],
 
 
 def determinism(device: str = "cuda") -> tuple[dict[str, int], list[str]]:
-    """How many of the repeats gave the very bits of the first, for Triton's forward and torch's forward and backward."""
+    """How many of the repeats gave the very bits of the first, forward and backward, of Triton's and torch's layer."""
     from benchmarks.kernels import Layer, Shape
     from kernels import experts_grouped, experts_triton
 
     torch.manual_seed(0)
     layer = Layer.random(Shape(tokens=4096, width=512, expert_width=256, experts=64, top_k=8), device)
 
-    def forward() -> tuple[Tensor, ...]:
-        with torch.no_grad():
-            return (layer.moe(experts_triton.expert_ffn),)
-
     works: dict[str, Callable[[], tuple[Tensor, ...]]] = {
-        "triton forward": forward,
+        "triton forward+backward": lambda: layer.moe_and_gradients(experts_triton.expert_ffn),
         "grouped_mm forward+backward": lambda: layer.moe_and_gradients(experts_grouped.expert_ffn),
     }
     equal: dict[str, int] = {}

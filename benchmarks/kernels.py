@@ -130,6 +130,7 @@ def contestants(shape: Shape, layer: Layer) -> dict[str, tuple[Work, int]]:
     return found | {
         "grouped_mm forward": (_without_gradients(lambda: layer.moe(experts_grouped.expert_ffn)), forward),
         "dense forward": (_without_gradients(lambda: _dense(*inputs)), forward),
+        "triton forward+backward": (lambda: layer.moe_and_gradients(experts_triton.expert_ffn), both),
         "grouped_mm forward+backward": (lambda: layer.moe_and_gradients(experts_grouped.expert_ffn), both),
         "dense forward+backward": (dense_and_gradients, both),
     }
@@ -147,12 +148,12 @@ def parts(shape: Shape, layer: Layer) -> dict[str, tuple[Work, int]]:
     with torch.no_grad():
         expert_TK, gate_TK = layer.route()
         tiles = make_tiles(expert_TK, shape.experts, Blocks().rows)
-        act_RF = grouped_gemm(layer.x_TD, layer.w_in_EHD, tiles, gather=True, swiglu=True)
+        act_RF = grouped_gemm(layer.x_TD, layer.w_in_EHD, tiles, gather=True, activation="swiglu")
         y_RD = grouped_gemm(act_RF, layer.w_out_EDF, tiles, gather=False)
     works: dict[str, tuple[Work, int]] = {
         "router": (layer.route, 0),
         "tiles": (lambda: make_tiles(expert_TK, shape.experts, Blocks().rows), 0),
-        "up": (lambda: grouped_gemm(layer.x_TD, layer.w_in_EHD, tiles, gather=True, swiglu=True), shape.forward_flops // 3 * 2),
+        "up": (lambda: grouped_gemm(layer.x_TD, layer.w_in_EHD, tiles, gather=True, activation="swiglu"), shape.forward_flops // 3 * 2),
         "down": (lambda: grouped_gemm(act_RF, layer.w_out_EDF, tiles, gather=False), shape.forward_flops // 3),
         "combine": (lambda: combine(y_RD, tiles.row_TK, gate_TK, tiles.end_E[-1:]), 0),
     }
