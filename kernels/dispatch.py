@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import attention_cpu, experts_cpu, experts_grouped, experts_naive, rms_norm_cpu
+from kernels import attention_cpu, attention_masked, experts_cpu, experts_grouped, experts_naive, rms_norm_cpu
 
 
 def expert_ffn(x_TD: Tensor, w_in_EHD: Tensor, w_out_EDF: Tensor, expert_TK: Tensor, gate_TK: Tensor, activation: str) -> Tensor:
@@ -41,6 +41,18 @@ def attend(q_BHSC: Tensor, k_BGSC: Tensor, v_BGSV: Tensor) -> Tensor:
     if q_BHSC.device.type == "cpu" and q_BHSC.dtype == torch.bfloat16:
         return attention_cpu.attend(q_BHSC, k_BGSC, v_BGSV)
     return F.scaled_dot_product_attention(q_BHSC, k_BGSC, v_BGSV, is_causal=True, enable_gqa=q_BHSC.shape[1] != k_BGSC.shape[1])
+
+
+def attend_masked(
+    q_BHSC: Tensor,
+    k_BGPC: Tensor,
+    v_BGPV: Tensor,
+    sight: attention_masked.Sight,
+    sink_H: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Softmax attention to the keys in sight, [B, H, S, V]: windows, chunks, documents, a past, sinks, a scale (see attention_masked.attend)."""
+    return attention_masked.attend(q_BHSC, k_BGPC, v_BGPV, sight, sink_H, scale)
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype) -> Tensor:

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moe import balance
 from moe.attention import build_attention
+from moe.cache import KvCache
 from moe.context import Context
 from moe.feedforward import FeedForward
 from moe.layer import MoeLayer
@@ -42,10 +43,10 @@ class Output:
 class Block(nn.Module):
     """Pre-norm residual block: attention, then a feed-forward or MoE layer."""
 
-    def __init__(self, spec: Model, *, sparse: bool) -> None:
+    def __init__(self, spec: Model, layer: int, *, sparse: bool) -> None:
         super().__init__()
         self.attention_norm = build_norm(spec)
-        self.attention = build_attention(spec)
+        self.attention = build_attention(spec, layer)
         self.ffn_norm = build_norm(spec)
         self.ffn: MoeLayer | FeedForward = MoeLayer(spec) if sparse else FeedForward(spec.d_model, spec.d_ff, spec.activation)
         self.dropout = nn.Dropout(spec.dropout)
@@ -70,25 +71,27 @@ class Transformer(nn.Module):
         self.moe_layers = tuple(spec.moe_layers())
         self.balance_terms = tuple(term.kind for term in balance.loss_terms(spec.moe.balance)) if spec.moe else ()
         self.embedding = nn.Embedding(spec.vocab_size, spec.d_model)
-        self.blocks = nn.ModuleList(Block(spec, sparse=index in self.moe_layers) for index in range(spec.n_layers))
+        self.blocks = nn.ModuleList(Block(spec, index, sparse=index in self.moe_layers) for index in range(spec.n_layers))
         self.norm = build_norm(spec)
         self.head = None if spec.tie_embeddings else nn.Parameter(torch.empty(spec.vocab_size, spec.d_model))
         self.head_bias = nn.Parameter(torch.empty(spec.vocab_size)) if spec.lm_head_bias else None
         initialise(self)
 
-    def forward(self, tokens_BS: Tensor, targets_BS: Tensor | None = None, document_BS: Tensor | None = None) -> Output:
+    def forward(self, tokens_BS: Tensor, targets_BS: Tensor | None = None, document_BS: Tensor | None = None, cache: KvCache | None = None) -> Output:
         """Predict each next token. `targets_BS` holds token ids, or -100 where nothing is to be predicted.
 
-        With `document_BS`, a number for each token's document, attention does not cross from one document to another.
+        With `document_BS`, a number for each token's document, attention does not cross from one document to another. With `cache`, in
+        evaluation mode alone, the tokens follow those that it has seen, and it sees them too. Raises ValueError where it has no room.
         """
         x_BSD = self.embedding(tokens_BS)
-        rope = Rope(tokens_BS.shape[1], rotated_width(self.spec), self.spec.rope_theta, x_BSD.device)
-        context = Context(tokens_BS, rope, document_BS)
+        context = self._context(tokens_BS, document_BS, cache)
         routed: list[LayerOutput] = []
         for block in self.blocks:
             x_BSD, layer = self._run(block, x_BSD, context)
             if layer is not None:
                 routed.append(layer)
+        if cache is not None:
+            cache.position += tokens_BS.shape[1]
         logits_BSV = F.linear(self.norm(x_BSD), self.embedding.weight if self.head is None else self.head, self.head_bias)
         lm_loss = None if targets_BS is None else F.cross_entropy(logits_BSV.flatten(0, 1).float(), targets_BS.flatten())
         return Output(
@@ -97,6 +100,22 @@ class Transformer(nn.Module):
             balance_loss=torch.stack([layer.loss for layer in routed]).sum() if routed else x_BSD.new_zeros((), dtype=torch.float32),
             stats=RoutingStats.stacked([layer.stats for layer in routed]) if routed else None,
         )
+
+    def new_cache(self, batch: int, length: int | None = None) -> KvCache:
+        """An empty cache for `batch` sequences of at most `length` tokens (see moe.cache)."""
+        return KvCache(self.spec, batch, length)
+
+    def _context(self, tokens_BS: Tensor, document_BS: Tensor | None, cache: KvCache | None) -> Context:
+        start, length, most = 0, tokens_BS.shape[1], None
+        if cache is not None:
+            if self.training:
+                raise ValueError("a cache is for evaluation mode")
+            cache.check(tokens_BS)
+            document_BS = cache.documents(document_BS)
+            start, most = cache.position, cache.length
+        spec = self.spec
+        rope = Rope(length, rotated_width(spec), spec.rope_theta, tokens_BS.device, start=start, scaling=spec.rope_scaling, most=most)
+        return Context(tokens_BS, rope, document_BS, cache)
 
     def _run(self, block: nn.Module, x_BSD: Tensor, context: Context) -> tuple[Tensor, LayerOutput | None]:
         if self.recompute and self.training and torch.is_grad_enabled():

@@ -29,6 +29,12 @@ class RmsNorm(nn.Module):
         return dispatch.rms_norm(x.to(torch.promote_types(x.dtype, torch.float32)), self.weight, self.eps, product_dtype(x))
 
 
+def l2_norm(x: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) over the last dimension, in x's dtype: an RMS norm without weights (Llama 4's queries and keys)."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
 class LayerNorm(nn.Module):
     """weight * (x - mean) / sqrt(var + eps), plus a bias where there is one (Ba 2016)."""
 

@@ -63,6 +63,18 @@ class GroupedQueryAttention(Part):
             raise ValueError(f"n_kv_heads {self.n_kv_heads} does not divide n_heads {self.n_heads}")
         return self
 
+    def window_at(self, layer: int) -> int | None:
+        """Last tokens that layer `layer` (from 0) attends to; None for all."""
+        return self.sliding_window if (layer + 1) % self.full_every else None
+
+    def rotates_at(self, layer: int) -> bool:
+        """Whether layer `layer` (from 0) has rotary positions."""
+        return not self.nope_every or (layer + 1) % self.nope_every != 0
+
+    def chunk_at(self, layer: int) -> int | None:
+        """Tokens of the blocks within which layer `layer` (from 0) attends; None for all."""
+        return self.chunk if self.rotates_at(layer) else None
+
 
 class LatentAttention(Part):
     """Multi-head latent attention: keys and values from a low-rank latent, RoPE decoupled (DeepSeek-V2, section 2.1)."""
