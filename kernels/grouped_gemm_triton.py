@@ -123,7 +123,8 @@ def usual_blocks(generation: int, element_bytes: int, kernel: Kernel) -> Blocks:
     A gated activation needs two sums of a tile at once. Before Hopper, 128 x 128 of each do not fit into registers together with the operands:
     3,880 bytes a thread were spilled on sm_80. With 64 float32 of the inner width at a time, its tiles need 294,912 bytes of shared
     memory on sm_90, which has 232,448. The hidden layer's gradient holds six tiles when it ends: of 128 x 128 it spills 1,496 bytes
-    on sm_90. The up-projection keeps within the registers because its stores go from a scalar base with 32-bit offsets. `kernels.aot` checks all of this.
+    on sm_90. The up-projection fits because its stores go from a scalar base with
+    32-bit offsets. `kernels.aot` checks all of this.
     """
     outer = 128
     if kernel == "gated" and generation < 9:
