@@ -14,7 +14,7 @@ from moe.context import Context
 from moe.experts import Experts
 from moe.feedforward import FeedForward
 from moe.router import Router
-from moe.routing import Decision, LayerOutput, LayerStats
+from moe.routing import Choice, Decision, LayerOutput, LayerStats
 from spec.model import Model
 
 
@@ -51,7 +51,8 @@ class MoeLayer(nn.Module):
             y_BSD = y_BSD + self._shared(self.shared, x_BSD)
         loss_N = [balance.loss(term.kind, decision, count_E, len(x_BSD)) for term in self.terms]
         weighted = sum((term.coefficient * loss for term, loss in zip(self.terms, loss_N, strict=True)), x_TD.new_zeros((), dtype=torch.float32))
-        return LayerOutput(y_BSD, weighted, layer_stats(decision, count_E, dropped_E, loss_N), decision.prob_TE.mean(0), decision.log_prob_T)
+        stats, choice = layer_stats(decision, count_E, dropped_E, loss_N), Choice(expert_TK, decision.gate_TK.detach())
+        return LayerOutput(y_BSD, weighted, stats, decision.prob_TE.mean(0), decision.log_prob_T, choice)
 
     def _shared(self, shared: FeedForward, x_BSD: Tensor) -> Tensor:
         y_BSD: Tensor = shared(x_BSD)

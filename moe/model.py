@@ -25,7 +25,7 @@ from moe.feedforward import FeedForward
 from moe.layer import MoeLayer
 from moe.norm import build_norm
 from moe.rope import Rope, rotated_width
-from moe.routing import LayerOutput, RoutingStats
+from moe.routing import Choice, LayerOutput, RoutingStats
 from spec.model import Model
 from spec.trainable import model_problems
 
@@ -38,6 +38,7 @@ class Output:
     lm_loss: Tensor | None  # mean cross-entropy in nats per token; only with targets
     balance_loss: Tensor  # every balancing term times its coefficient, summed over layers; 0 for a dense model
     stats: RoutingStats | None  # None for a dense model
+    choices: tuple[Choice, ...] = ()  # of each MoE layer
 
 
 class Block(nn.Module):
@@ -99,6 +100,7 @@ class Transformer(nn.Module):
             lm_loss=lm_loss,
             balance_loss=torch.stack([layer.loss for layer in routed]).sum() if routed else x_BSD.new_zeros((), dtype=torch.float32),
             stats=RoutingStats.stacked([layer.stats for layer in routed]) if routed else None,
+            choices=tuple(layer.choice for layer in routed),
         )
 
     def new_cache(self, batch: int, length: int | None = None) -> KvCache:

@@ -13,8 +13,16 @@ import torch
 from torch import Tensor
 
 
+class Noise(NamedTuple):
+    """The noise that a router put on its logits, differentiable: noisy = clean + N(0, 1) * std."""
+
+    clean_TE: Tensor
+    std_TE: Tensor
+    noisy_TE: Tensor
+
+
 class Decision(NamedTuple):
-    """What one router decided. Experts are ordered by falling selection score."""
+    """What one router decided. Experts are ordered by falling selection score, except where they were drawn at random."""
 
     logits_TE: Tensor
     prob_TE: Tensor  # a distribution over experts for every token
@@ -22,6 +30,10 @@ class Decision(NamedTuple):
     gate_TK: Tensor
     log_prob_T: Tensor | None = None  # of the drawn expert, where the router learns by policy gradient
     figures: Mapping[str, Tensor] = {}  # scalars that this kind of router reports of itself
+    score_TE: Tensor | None = None  # what the gates are made of, where the highest are taken
+    choice_TE: Tensor | None = None  # detached: what the choice was made by (score and bias); -inf for experts outside the token's groups
+    noise: Noise | None = None  # in training, where the router has any
+    loss: Tensor | None = None  # what the router itself adds to the loss, weighted
 
 
 class LayerStats(NamedTuple):
@@ -36,6 +48,13 @@ class LayerStats(NamedTuple):
     figures: Mapping[str, Tensor] = {}
 
 
+class Choice(NamedTuple):
+    """Which experts ran for each token of one MoE layer, after any drop, and with which gates; detached."""
+
+    expert_TK: Tensor  # int64; E where nothing was chosen or the expert was full
+    gate_TK: Tensor
+
+
 class LayerOutput(NamedTuple):
     """Of one MoE layer."""
 
@@ -44,6 +63,7 @@ class LayerOutput(NamedTuple):
     stats: LayerStats
     prob_E: Tensor  # mean probabilities, differentiable: for terms that need more than this layer and batch
     log_prob_T: Tensor | None
+    choice: Choice
 
 
 @dataclass(frozen=True)
