@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import uuid
 from typing import Any
+
+from experiments.api.problems import MEDIA_TYPE, TITLES, ProblemDocument
 
 LIMIT_BYTES = 1_000_000
 
@@ -50,8 +52,16 @@ def _declared(scope: dict[str, Any]) -> int:
 
 
 async def _refuse(send: Any) -> None:
-    problem = {"type": "about:blank", "title": "Content Too Large", "status": 413, "detail": f"the body has more than {LIMIT_BYTES} bytes"}
-    body = json.dumps(problem).encode()
-    headers = [(b"content-type", b"application/problem+json"), (b"content-length", str(len(body)).encode()), (b"connection", b"close")]
-    await send({"type": "http.response.start", "status": 413, "headers": headers})
+    status, title = TITLES["too-large"]
+    problem = ProblemDocument(
+        type="urn:moelab:problem:too-large",
+        title=title,
+        status=status,
+        detail=f"the body has more than {LIMIT_BYTES} bytes",
+        request_id=uuid.uuid4().hex,
+    )
+    body = problem.model_dump_json(exclude_none=True).encode()
+    headers = [(b"content-type", MEDIA_TYPE.encode()), (b"content-length", str(len(body)).encode()), (b"connection", b"close")]
+    headers.append((b"x-request-id", problem.request_id.encode()))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -72,7 +72,7 @@ class MetricQuery(Range):
 
 class EventsQuery(Query):
     cursor: int = Field(0, ge=0, lt=2**63, description="Id of the last event of the page before.")
-    kind: str | None = Field(None, max_length=40, pattern=r"^[a-z_]+$")
+    kind: Literal["run_started", "metrics_declared", "eval_done", "spike_detected", "checkpoint_saved", "run_ended"] | None = None
     newest_first: bool = False
     limit: int = Field(100, ge=1, le=500)
 
@@ -155,7 +155,7 @@ class MetricView(Endpoint):
         asked = self.query(MetricQuery)
         facts = Facts.of(self.run(run_id))
         if name not in facts.names:
-            raise Http404
+            raise Problem("not-found", f"run {run_id} reports no metric {name!r:.250}")
         if asked.exact:
             return Response(self._exact(facts, asked, name))
         header, arrays = _block(facts, asked, [name], [], None)

@@ -40,3 +40,5 @@ async def test_the_limit_holds_with_and_without_a_length(size: int, status: int,
     else:
         assert answer.headers["content-type"] == "application/problem+json"
         assert str(LIMIT_BYTES) in answer.json()["detail"]
+        assert answer.json()["type"] == "urn:moelab:problem:too-large"
+        assert answer.json()["request_id"] == answer.headers["x-request-id"]
