@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import attention_cpu, attention_masked, experts_cpu, experts_grouped, experts_naive, rms_norm_cpu
+from kernels import expert_linear as linear
 
 
 def expert_ffn(x_TD: Tensor, w_in_EHD: Tensor, w_out_EDF: Tensor, expert_TK: Tensor, gate_TK: Tensor, activation: str) -> Tensor:
@@ -53,6 +54,11 @@ def attend_masked(
 ) -> Tensor:
     """Softmax attention to the keys in sight, [B, H, S, V]: windows, chunks, documents, a past, sinks, a scale (see attention_masked.attend)."""
     return attention_masked.attend(q_BHSC, k_BGPC, v_BGPV, sight, sink_H, scale)
+
+
+def expert_linear(x_RA: Tensor, w_EBA: Tensor, expert_R: Tensor) -> Tensor:
+    """y_r = w[expert_r] x_r, [R, B], in x's dtype."""
+    return linear.expert_linear(x_RA, w_EBA, expert_R)
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype) -> Tensor:

@@ -45,7 +45,7 @@ class KvCache:
 
     def __init__(self, spec: Model, batch: int, length: int | None = None) -> None:
         attention = spec.attention
-        if attention.kind == "mla":
+        if attention.kind != "gqa":
             self.layers = [LayerCache(None, None) for _ in range(spec.n_layers)]
         else:
             self.layers = [LayerCache(attention.window_at(layer), attention.chunk_at(layer)) for layer in range(spec.n_layers)]

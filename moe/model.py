@@ -10,19 +10,20 @@ matrix products then are bfloat16, while weights, residual stream, routers (unle
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moe import balance
-from moe.attention import build_attention
+from moe import attention_experts, balance
+from moe.attention_experts import AttentionRouting, RoutedAttention
+from moe.block import Block, BlockOutput
 from moe.cache import KvCache
 from moe.context import Context
-from moe.feedforward import FeedForward
 from moe.layer import MoeLayer
+from moe.mtp import MtpModule, targets_ahead
 from moe.norm import build_norm
 from moe.rope import Rope, rotated_width
 from moe.routing import Choice, LayerOutput, RoutingStats
@@ -32,50 +33,36 @@ from spec.trainable import model_problems
 
 @dataclass(frozen=True)
 class Output:
-    """Of one forward pass. The loss to minimise is `lm_loss + balance_loss`."""
+    """Of one forward pass. The loss to minimise is `lm_loss + balance_loss`, and `mtp_loss` where there is one."""
 
     logits_BSV: Tensor | None  # only without targets
     lm_loss: Tensor | None  # mean cross-entropy in nats per token; only with targets
     balance_loss: Tensor  # every balancing term times its coefficient, summed over layers; 0 for a dense model
     stats: RoutingStats | None  # None for a dense model
-    choices: tuple[Choice, ...] = ()  # of each MoE layer
-
-
-class Block(nn.Module):
-    """Pre-norm residual block: attention, then a feed-forward or MoE layer."""
-
-    def __init__(self, spec: Model, layer: int, *, sparse: bool) -> None:
-        super().__init__()
-        self.attention_norm = build_norm(spec)
-        self.attention = build_attention(spec, layer)
-        self.ffn_norm = build_norm(spec)
-        self.ffn: MoeLayer | FeedForward = MoeLayer(spec) if sparse else FeedForward(spec.d_model, spec.d_ff, spec.activation)
-        self.dropout = nn.Dropout(spec.dropout)
-
-    def forward(self, x_BSD: Tensor, context: Context) -> tuple[Tensor, LayerOutput | None]:
-        """The residual stream after the block, and what a MoE layer in it says."""
-        x_BSD = x_BSD + self.dropout(self.attention(self.attention_norm(x_BSD), context))
-        u_BSD = self.ffn_norm(x_BSD)
-        if isinstance(self.ffn, MoeLayer):
-            routed: LayerOutput = self.ffn(u_BSD, context)
-            return x_BSD + self.dropout(routed.y_BSD), routed
-        return x_BSD + self.dropout(self.ffn(u_BSD)), None
+    mtp_loss: Tensor | None = None  # model.mtp_weight times the mean cross-entropy of the extra blocks; only with these and targets
+    choices: tuple[Choice, ...] = ()  # of each MoE layer among the blocks
 
 
 class Transformer(nn.Module):
-    """The model. `recompute` keeps only each block's input and runs the block again in the backward pass."""
+    """The model. `recompute` keeps only each block's input and runs the block again in the backward pass.
+
+    `moe_layers` are the indices of the statistics' rows: the blocks from 0, and n_layers + i for the block of the i-th extra prediction.
+    """
 
     def __init__(self, spec: Model, *, recompute: bool = False) -> None:
         super().__init__()
         self.spec = spec
         self.recompute = recompute
-        self.moe_layers = tuple(spec.moe_layers())
+        sparse = spec.moe_layers()
+        ahead = range(spec.n_layers, spec.n_layers + spec.mtp_depth) if spec.n_layers - 1 in sparse else ()
+        self.moe_layers = (*sparse, *ahead)
         self.balance_terms = tuple(term.kind for term in balance.loss_terms(spec.moe.balance)) if spec.moe else ()
         self.embedding = nn.Embedding(spec.vocab_size, spec.d_model)
-        self.blocks = nn.ModuleList(Block(spec, index, sparse=index in self.moe_layers) for index in range(spec.n_layers))
+        self.blocks = nn.ModuleList(Block(spec, index, sparse=index in sparse) for index in range(spec.n_layers))
         self.norm = build_norm(spec)
         self.head = None if spec.tie_embeddings else nn.Parameter(torch.empty(spec.vocab_size, spec.d_model))
         self.head_bias = nn.Parameter(torch.empty(spec.vocab_size)) if spec.lm_head_bias else None
+        self.mtp = nn.ModuleList(MtpModule(spec) for _ in range(spec.mtp_depth))
         initialise(self)
 
     def forward(self, tokens_BS: Tensor, targets_BS: Tensor | None = None, document_BS: Tensor | None = None, cache: KvCache | None = None) -> Output:
@@ -84,24 +71,50 @@ class Transformer(nn.Module):
         With `document_BS`, a number for each token's document, attention does not cross from one document to another. With `cache`, in
         evaluation mode alone, the tokens follow those that it has seen, and it sees them too. Raises ValueError where it has no room.
         """
-        x_BSD = self.embedding(tokens_BS)
+        embedded_BSD = x_BSD = self.embedding(tokens_BS)
         context = self._context(tokens_BS, document_BS, cache)
-        routed: list[LayerOutput] = []
+        layers: list[BlockOutput] = []
         for block in self.blocks:
-            x_BSD, layer = self._run(block, x_BSD, context)
-            if layer is not None:
-                routed.append(layer)
+            layers.append(self._run(block, x_BSD, context))
+            x_BSD = layers[-1].x_BSD
         if cache is not None:
             cache.position += tokens_BS.shape[1]
-        logits_BSV = F.linear(self.norm(x_BSD), self.embedding.weight if self.head is None else self.head, self.head_bias)
+        logits_BSV = self._logits(self.norm, x_BSD)
         lm_loss = None if targets_BS is None else F.cross_entropy(logits_BSV.flatten(0, 1).float(), targets_BS.flatten())
+        mtp_loss = None
+        if len(self.mtp) and targets_BS is not None:
+            ahead, mtp_loss = self._predict_ahead(x_BSD, embedded_BSD, targets_BS, context)
+            layers += ahead
+        routed = [layer.ffn for layer in layers if layer.ffn is not None]
+        attending = [layer.attention for layer in layers if layer.attention is not None]
+        losses = [layer.loss for layer in routed] + [layer.loss for layer in attending]
         return Output(
             logits_BSV=logits_BSV if targets_BS is None else None,
             lm_loss=lm_loss,
-            balance_loss=torch.stack([layer.loss for layer in routed]).sum() if routed else x_BSD.new_zeros((), dtype=torch.float32),
-            stats=RoutingStats.stacked([layer.stats for layer in routed]) if routed else None,
-            choices=tuple(layer.choice for layer in routed),
+            balance_loss=torch.stack(losses).sum() if losses else x_BSD.new_zeros((), dtype=torch.float32),
+            stats=_stats(routed, attending),
+            mtp_loss=mtp_loss,
+            choices=tuple(layer.ffn.choice for layer in layers[: len(self.blocks)] if layer.ffn is not None),
         )
+
+    def _logits(self, norm: nn.Module, x_BSD: Tensor) -> Tensor:
+        return F.linear(norm(x_BSD), self.embedding.weight if self.head is None else self.head, self.head_bias)
+
+    def _predict_ahead(self, x_BSD: Tensor, embedded_BSD: Tensor, targets_BS: Tensor, context: Context) -> tuple[list[BlockOutput], Tensor]:
+        """What the extra blocks' routers did, and the weighted mean of their losses (DeepSeek-V3, eq. 21-25)."""
+        if x_BSD.shape[1] <= len(self.mtp):
+            raise ValueError(f"model.mtp_depth {len(self.mtp)} needs sequences of more tokens than that, not of {x_BSD.shape[1]}")
+        layers, losses = [], []
+        for depth, module in enumerate(self.mtp, 1):
+            assert isinstance(module, MtpModule)
+            merged_BSD = module.merge(x_BSD[:, :-1], embedded_BSD[:, depth:])
+            document_BS = None if context.document_BP is None else context.document_BP[:, :-depth]
+            layers.append(self._run(module.block, merged_BSD, replace(context, tokens_BS=context.tokens_BS[:, depth:], document_BP=document_BS)))
+            x_BSD = layers[-1].x_BSD
+            target_N = targets_ahead(targets_BS, context.document_BP, depth).flatten()
+            total = F.cross_entropy(self._logits(module.norm, x_BSD).flatten(0, 1).float(), target_N, reduction="sum")
+            losses.append(total / (target_N != -100).sum().clamp_min(1))
+        return layers, self.spec.mtp_weight * torch.stack(losses).mean()
 
     def new_cache(self, batch: int, length: int | None = None) -> KvCache:
         """An empty cache for `batch` sequences of at most `length` tokens (see moe.cache)."""
@@ -119,7 +132,7 @@ class Transformer(nn.Module):
         rope = Rope(length, rotated_width(spec), spec.rope_theta, tokens_BS.device, start=start, scaling=spec.rope_scaling, most=most)
         return Context(tokens_BS, rope, document_BS, cache)
 
-    def _run(self, block: nn.Module, x_BSD: Tensor, context: Context) -> tuple[Tensor, LayerOutput | None]:
+    def _run(self, block: nn.Module, x_BSD: Tensor, context: Context) -> BlockOutput:
         if self.recompute and self.training and torch.is_grad_enabled():
             return checkpoint(block, x_BSD, context, use_reentrant=False)  # type: ignore[no-any-return]
         return block(x_BSD, context)  # type: ignore[no-any-return]
@@ -142,10 +155,19 @@ class Transformer(nn.Module):
 
     def router_parameters(self) -> list[nn.Parameter]:
         """The routers' weights, which the optimiser may give a learning rate of their own."""
-        return [layer.router.weight for layer in self._moe_layers()]
+        attention = [module.router for module in self.modules() if isinstance(module, RoutedAttention)]
+        return [layer.router.weight for layer in self._moe_layers()] + attention
 
     def _moe_layers(self) -> list[MoeLayer]:
         return [module for module in self.modules() if isinstance(module, MoeLayer)]
+
+
+def _stats(routed: list[LayerOutput], attending: list[AttentionRouting]) -> RoutingStats | None:
+    """Of the MoE layers, with what attention experts did among the figures."""
+    if not routed:
+        return None
+    stats = RoutingStats.stacked([layer.stats for layer in routed])
+    return replace(stats, figures={**stats.figures, **attention_experts.figures(attending)}) if attending else stats
 
 
 @torch.no_grad()
