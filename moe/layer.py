@@ -13,7 +13,7 @@ from moe import balance, dispatch
 from moe.context import Context
 from moe.experts import Experts
 from moe.feedforward import FeedForward
-from moe.router import Router
+from moe.router_kinds import build_router
 from moe.routing import Choice, Decision, LayerOutput, LayerStats
 from spec.model import Model
 
@@ -29,7 +29,8 @@ class MoeLayer(nn.Module):
         self.spec = moe
         self.terms = balance.loss_terms(moe.balance)
         self.bias_rate = balance.bias_update_rate(moe.balance)
-        self.router = Router(moe.router, spec.d_model, moe.n_experts, moe.top_k, biased=self.bias_rate is not None)
+        biased = self.bias_rate is not None
+        self.router = build_router(moe.router, spec.d_model, moe.n_experts, moe.top_k, biased=biased, vocab_size=spec.vocab_size)
         self.experts = Experts(moe.n_experts, spec.d_model, moe.d_expert, spec.activation)
         self.shared = FeedForward(spec.d_model, moe.n_shared * moe.shared_width, spec.activation) if moe.n_shared else None
         self.shared_gate = nn.Parameter(torch.empty(1, spec.d_model)) if moe.combine == "sigmoid_gate" else None
@@ -37,10 +38,10 @@ class MoeLayer(nn.Module):
     def forward(self, x_BSD: Tensor, context: Context) -> LayerOutput:
         """The layer's output [B, S, D], its weighted balancing loss, and its statistics."""
         x_TD = x_BSD.flatten(0, 1)
-        decision: Decision = self.router(x_TD)
+        decision: Decision = self.router(x_TD, context.tokens_BS.flatten())
         expert_TK = decision.expert_TK
         n_experts = self.spec.n_experts
-        count_E = torch.bincount(expert_TK.flatten(), minlength=n_experts)
+        count_E = torch.bincount(expert_TK.flatten(), minlength=n_experts)[:n_experts]  # E: nothing was chosen
         dropped_E = torch.zeros_like(count_E)
         most = dispatch.limit(self.spec.capacity, len(x_TD), self.spec.top_k, n_experts, training=self.training)
         if most is not None:
@@ -51,6 +52,8 @@ class MoeLayer(nn.Module):
             y_BSD = y_BSD + self._shared(self.shared, x_BSD)
         loss_N = [balance.loss(term.kind, decision, count_E, len(x_BSD)) for term in self.terms]
         weighted = sum((term.coefficient * loss for term, loss in zip(self.terms, loss_N, strict=True)), x_TD.new_zeros((), dtype=torch.float32))
+        if decision.loss is not None:
+            weighted = weighted + decision.loss
         stats, choice = layer_stats(decision, count_E, dropped_E, loss_N), Choice(expert_TK, decision.gate_TK.detach())
         return LayerOutput(y_BSD, weighted, stats, decision.prob_TE.mean(0), decision.log_prob_T, choice)
 

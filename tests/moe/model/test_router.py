@@ -10,12 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe.router import Router, limit_groups
+from moe.router import ScoringRouter, limit_groups
+from moe.router_kinds import build_router
 from spec import routing
 
 
-def router(kind: str, n_experts: int = 8, top_k: int = 3, *, biased: bool = False, seed: int = 0, **options: object) -> Router:
-    built = Router(routing.Router(kind=kind, **options), 16, n_experts, top_k, biased=biased)
+def router(kind: str, n_experts: int = 8, top_k: int = 3, *, biased: bool = False, seed: int = 0, **options: object) -> ScoringRouter:
+    built = build_router(routing.Router(kind=kind, **options), 16, n_experts, top_k, biased=biased, vocab_size=32)
+    assert isinstance(built, ScoringRouter)
     torch.manual_seed(seed)
     torch.nn.init.normal_(built.weight)
     return built
