@@ -40,7 +40,9 @@ class Data(Part):
         "byte: one token per byte and one that separates documents. bpe: byte pairs, learnt from the training text. "
         "file: a tokenizer.json, as a Hugging Face checkpoint has it.",
     )
-    bpe_vocab_size: int = field(4096, "Tokens that tokenizer bpe learns, the 256 bytes and the separator included.", ge=257, le=1_000_000, unit="tokens")
+    bpe_vocab_size: int = field(
+        4096, "Tokens that tokenizer bpe learns, the 256 bytes and the separator included.", ge=257, le=1_000_000, unit="tokens"
+    )
     tokenizer_path: Text | None = Field(None, description="The tokenizer.json on the worker; with tokenizer file.")
     separator: Name | None = Field(None, description="The token of tokenizer file that ends a document; where absent, one with a usual name.")
     packing: Literal["stream", "documents"] = field(

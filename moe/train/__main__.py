@@ -62,7 +62,8 @@ def _train(options: argparse.Namespace, requests: stop.Requests) -> str:
     ranks.set_threads(spec.parallel)
     place = ranks.join(spec.parallel)
     home = Path(os.environ.get("MOELAB_HOME") or PROJECT / "var")
-    batches = Batches(corpus.load(spec.data, home), spec.data.seq_len, spec.training.batch_size, spec.seed)
+    by_document = spec.data.packing == "documents"
+    batches = Batches(corpus.load(spec.data, home), spec.data.seq_len, spec.training.batch_size, spec.seed, by_document=by_document)
     training = Training(spec, Learner(spec, batches, place), options.out, options.attempt, requests)
     try:
         if options.no_resume:

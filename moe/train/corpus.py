@@ -1,9 +1,12 @@
 """Token files on disk: text in, memory-mapped token streams out, one pair (training, validation) per domain.
 
-    $MOELAB_HOME/corpus/<hash of what went in>/   training.bin  validation.bin  index.json      uint16 tokens
+    $MOELAB_HOME/corpus/<hash of what went in>/
+        training.bin  validation.bin     tokens: uint16, or uint32 where there are more than 65,536
+        python.bin                       uint8 for each held-out document: 1 where it is Python source
+        index.json                       tokens and bytes of both
 
-A document is its UTF-8 bytes and then SEPARATOR. Whether it is held out depends on its name alone. A corpus is built in
-a directory of its own and renamed into place, so that any number of processes may ask for the same one at once.
+A document is its tokens and then the vocabulary's separator. Whether it is held out depends on its name alone. A corpus is
+built in a directory of its own and renamed into place, so that any number of processes may ask for the same one at once.
 """
 
 from __future__ import annotations
@@ -12,44 +15,98 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moe.train import user_text
+from moe.train import bpe
+from moe.train.sources import Documents, Source, allow, sources
 from moe.train.stop import SpecRefused
+from moe.train.vocabulary import BYTES, SEPARATOR, FromFile, TokenizerError, Vocabulary
 from spec.data import Data
 
-SEPARATOR = 256
-_FORMAT = 1
+__all__ = ["SEPARATOR", "Domain", "held_out", "load", "vocabulary_of"]
+
+_FORMAT = 2
 _PARTS = ("training", "validation")
-Documents = Iterable[tuple[str, str]]
+_TOGETHER = 64  # Documents that are encoded at a time: the tokenizers library spreads them over its threads.
 
 
 @dataclass(frozen=True)
 class Domain:
-    """The token streams of one domain, memory-mapped."""
+    """The token streams of one domain, memory-mapped. `weight` says how often it is read, None for as often as it is large."""
 
     name: str
-    training: NDArray[np.uint16]
-    validation: NDArray[np.uint16]
+    training: NDArray[Any]
+    validation: NDArray[Any]
+    vocabulary: Vocabulary = BYTES
+    weight: float | None = None
+    python: NDArray[np.uint8] = field(default_factory=lambda: np.zeros(0, np.uint8))
 
 
 def load(data: Data, home: Path) -> list[Domain]:
     """The domains of `data`, built under `home`/corpus where they are not there yet. Raises SpecRefused."""
+    found = list(sources(data))
+    vocabulary = vocabulary_of(data, home, found)
+    dtype = np.dtype(np.uint16 if vocabulary.size <= 2**16 else np.uint32)
     domains = []
-    for name, where, identity, documents in _sources(data):
-        directory = home / "corpus" / _hash({**identity, "share": data.validation_share, "format": _FORMAT})
+    for index, source in enumerate(found):
+        # What the tokens are does not depend on the weights: a change of mixture builds nothing anew.
+        directory = home / "corpus" / _hash({**source.identity, "share": data.validation_share, "tokens": vocabulary.identity, "format": _FORMAT})
         if not _is_whole(directory):
-            _build(directory, name, where, documents, data.validation_share)
-        domains.append(Domain(name, *(np.memmap(directory / f"{part}.bin", np.uint16, "r") for part in _PARTS)))
+            _build(directory, source, data.validation_share, vocabulary, dtype)
+        training, validation = (np.memmap(directory / f"{part}.bin", dtype, "r") for part in _PARTS)
+        python = np.fromfile(directory / "python.bin", np.uint8)
+        domains.append(Domain(source.name, training, validation, vocabulary, data.weights[index] if data.weights else None, python))
     return domains
+
+
+def vocabulary_of(data: Data, home: Path, found: list[Source]) -> Vocabulary:
+    """The tokenizer of `data`; byte pairs are learnt from the training text of `found` where that has not been done. Raises SpecRefused."""
+    if data.tokenizer == "byte":
+        return BYTES
+    if data.tokenizer == "file":
+        return _from_file(data)
+    identity = {"sources": [source.identity for source in found], "share": data.validation_share, "size": data.bpe_vocab_size, "format": bpe.FORMAT}
+    path = home / "tokenizers" / _hash(identity) / "tokenizer.json"
+    if not path.is_file():
+        bpe.learn(bpe.sample([_training_text(source, data.validation_share) for source in found]), data.bpe_vocab_size, path)
+    return FromFile(path, bpe.END)
+
+
+def _from_file(data: Data) -> Vocabulary:
+    text = data.tokenizer_path or ""
+    try:
+        path = Path(text).expanduser().resolve()
+        allow(path, text, "data.tokenizer_path")
+        return FromFile(path, data.separator)
+    except TokenizerError as error:
+        raise SpecRefused("data.tokenizer_path", str(error)) from error
+    except (OSError, RuntimeError) as error:
+        raise SpecRefused("data.tokenizer_path", f"{text[:200]} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _training_text(source: Source, share: float) -> Iterator[str]:
+    is_held_out = source.held_out or partial(held_out, share=share)
+    for name, text in source.documents():
+        if not is_held_out(name):
+            yield _sound(source, name, text)
+
+
+def _sound(source: Source, name: str, text: str) -> str:
+    """`text`. Raises SpecRefused where it cannot be encoded."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise SpecRefused(source.where, f"document {name} holds a lone surrogate at character {error.start}") from error
+    return text
 
 
 def held_out(document: str, share: float) -> bool:
@@ -66,87 +123,54 @@ def _hash(identity: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
 
 
-# ----- where the text comes from
-
-
-def _sources(data: Data) -> Iterator[tuple[str, str, dict[str, object], Callable[[], Documents]]]:
-    """(domain, field of the spec, what identifies its contents, its documents) of each domain."""
-    if data.source == "stdlib":
-        for domain in data.domains:
-            identity: dict[str, object] = {"stdlib": domain, "python": sys.version, "prefix": sys.base_prefix}
-            yield domain, "data.domains", identity, partial(_stdlib, domain)
-        return
-    names: set[str] = set()
-    for index, text in enumerate(data.paths):
-        where = f"data.paths[{index}]"
-        try:
-            root = Path(text).expanduser().resolve()
-            _allow(root, text, where)
-            paths = user_text.files(root, where)
-            stats = [(str(path), (stat := path.stat()).st_size, stat.st_mtime_ns) for path in paths]
-        except (OSError, RuntimeError) as error:  # no right to look, a name too long, a home that nobody has
-            raise SpecRefused(where, f"{text[:200]} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-        name = root.stem or str(root)
-        while name in names:
-            name = f"{name}-{index}"
-        names.add(name)
-        identity = {"files": stats, "root": str(root), "text_field": data.text_field}
-        yield name, where, identity, partial(user_text.documents, paths, root, data.text_field, where)
-
-
-def _allow(root: Path, text: str, where: str) -> None:
-    """Raises SpecRefused where the host's owner has named the directories that runs may read (MOELAB_DATA_ROOTS) and `root` lies in none."""
-    roots = [Path(part).expanduser().resolve() for part in os.environ.get("MOELAB_DATA_ROOTS", "").split(os.pathsep) if part]
-    if roots and not any(root.is_relative_to(allowed) for allowed in roots):
-        raise SpecRefused(where, f"{text[:200]} lies outside the directories that this worker may read (MOELAB_DATA_ROOTS)")
-
-
-def _stdlib(domain: str) -> Documents:
-    from moe.train import stdlib_text  # only where a corpus is built: a warm start does not need it
-
-    return stdlib_text.DOMAINS[domain]()
-
-
 # ----- building
 
 
 def _is_whole(directory: Path) -> bool:
     try:
         index = json.loads((directory / "index.json").read_text())
-        return all((directory / f"{part}.bin").stat().st_size == 2 * index[part] for part in _PARTS)
-    except (OSError, ValueError, KeyError):
+        sizes = {part: index[part] * index["token_bytes"] for part in _PARTS} | {"python": index["held_out"]}
+        return all((directory / f"{part}.bin").stat().st_size == size for part, size in sizes.items())
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
-def _build(directory: Path, name: str, where: str, documents: Callable[[], Documents], share: float) -> None:
+def _build(directory: Path, source: Source, share: float, vocabulary: Vocabulary, dtype: np.dtype[Any]) -> None:
     directory.parent.mkdir(parents=True, exist_ok=True)
     _sweep(directory.parent)
     work = Path(tempfile.mkdtemp(prefix=f"tmp-{os.getpid()}-", dir=directory.parent))
     try:
-        counts = _write(work, where, documents, lambda document: held_out(document, share))
-        if not all(counts.values()):
-            counts = _write(work, where, documents, _split_of_few(where, documents(), share))
-        (work / "index.json").write_text(json.dumps({"domain": name, **counts}))
+        counts = _write(work, source, source.held_out or partial(held_out, share=share), vocabulary, dtype)
+        if source.held_out is None and not (counts["training"] and counts["validation"]):
+            counts = _write(work, source, _split_of_few(source.where, source.documents(), share), vocabulary, dtype)
+        if empty := [part for part in _PARTS if not counts[part]]:
+            raise SpecRefused(source.where, f"the {empty[0]} split holds no text")
+        (work / "index.json").write_text(json.dumps({"domain": source.name, "token_bytes": dtype.itemsize, **counts}))
         _publish(work, directory)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _write(work: Path, where: str, documents: Callable[[], Documents], is_held_out: Callable[[str], bool]) -> dict[str, int]:
-    """Writes both streams, and returns their lengths in tokens."""
-    counts = dict.fromkeys(_PARTS, 0)
-    with (work / "training.bin").open("wb") as training, (work / "validation.bin").open("wb") as validation:
-        for name, text in documents():
-            try:
-                data = text.encode()
-            except UnicodeEncodeError as error:
-                raise SpecRefused(where, f"document {name} holds a lone surrogate at character {error.start}") from error
-            tokens = np.empty(len(data) + 1, np.uint16)
-            tokens[:-1] = np.frombuffer(data, np.uint8)
-            tokens[-1] = SEPARATOR
-            out, part = (validation, "validation") if is_held_out(name) else (training, "training")
-            out.write(tokens.tobytes())
-            counts[part] += len(tokens)
+def _write(work: Path, source: Source, is_held_out: Callable[[str], bool], vocabulary: Vocabulary, dtype: np.dtype[Any]) -> dict[str, int]:
+    """Writes both streams; returns their lengths in tokens and in bytes of text, and the number of held-out documents."""
+    counts = dict.fromkeys(("training", "validation", "training_bytes", "validation_bytes", "held_out"), 0)
+    end = np.array([vocabulary.separator], dtype).tobytes()
+    with (
+        (work / "training.bin").open("wb") as training,
+        (work / "validation.bin").open("wb") as validation,
+        (work / "python.bin").open("wb") as python,
+    ):
+        unread = iter(source.documents())
+        while documents := list(islice(unread, _TOGETHER)):
+            texts = [_sound(source, name, text) for name, text in documents]
+            for (name, text), tokens in zip(documents, vocabulary.encode(texts), strict=True):
+                out, part = (validation, "validation") if is_held_out(name) else (training, "training")
+                out.write(tokens.astype(dtype).tobytes() + end)
+                counts[part] += len(tokens) + 1
+                counts[f"{part}_bytes"] += len(text.encode())
+                if part == "validation":
+                    counts["held_out"] += 1
+                    python.write(bytes([source.is_python(name)]))
     return counts
 
 

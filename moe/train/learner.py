@@ -46,6 +46,9 @@ class Learner:
     def __init__(self, spec: ExperimentSpec, batches: Batches, ranks: Ranks) -> None:
         """Fresh weights from the spec's seed, the same on every rank."""
         self.spec, self.batches, self.ranks = spec, batches, ranks
+        if batches.vocabulary.size > spec.model.vocab_size:
+            where = {"file": "data.tokenizer_path"}.get(spec.data.tokenizer, "data.tokenizer")
+            raise SpecRefused("model.vocab_size", f"{spec.model.vocab_size} is less than the {batches.vocabulary.size} tokens of {where}")
         torch.manual_seed(spec.seed)
         self.model = build_model(spec.model, recompute=spec.training.activation_recompute).to(ranks.device)
         self.model.train()
@@ -98,7 +101,7 @@ class Learner:
             tokens_BS, targets_BS = (tensor.to(self.ranks.device) for tensor in batch)
             self._clock.mark("data")
             with self.autocast():
-                output = self.model(tokens_BS, targets_BS)
+                output = self.model(tokens_BS, targets_BS, self.batches.documents(tokens_BS))
             self._clock.mark("forward")
             ((output.lm_loss + output.balance_loss) / micros).backward()
             self._clock.mark("backward")

@@ -1,4 +1,4 @@
-"""The user's own text: files and directories of .txt, .md, .py and .jsonl, streamed as documents.
+"""The user's own text: files and directories of .txt, .md, .py, .jsonl and .parquet, streamed as documents.
 
 Every problem is a SpecRefused that names the field of the spec and what is wrong with it.
 """
@@ -10,9 +10,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from moe.train import tables_text
 from moe.train.stop import SpecRefused
 
-SUFFIXES = (".txt", ".md", ".py", ".jsonl")
+SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".parquet")
 _PIECE_CHARS = 16_384  # A longer text is cut at a line's end into documents of about this size, so that a part can be held out.
 
 
@@ -38,6 +39,8 @@ def documents(paths: list[Path], root: Path, text_field: str, where: str) -> Ite
         try:
             if path.suffix == ".jsonl":
                 yield from _json_lines(path, name, text_field, where)
+            elif path.suffix == ".parquet":
+                yield from tables_text.parquet(path, name, text_field, where)
             else:
                 yield from _pieces(path, name)
         except UnicodeDecodeError as error:

@@ -1,26 +1,37 @@
-"""Validation: the loss of each domain's held-out text, and how evenly the router spreads all of it."""
+"""Validation: the loss of each domain's held-out text, how evenly the router spreads all of it, and what each expert takes of it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
-from moe.model import Transformer
-from moe.train.batches import Batches, tokens_and_targets
+from moe.model import Output, Transformer
+from moe.train.batches import UNPREDICTED, Batches
 from moe.train.ranks import Ranks
+from moe.train.specialisation import Specialisation, Tally
 from moe.train.telemetry import max_vio
 
 
 @dataclass(frozen=True)
 class Validation:
-    """Mean cross-entropy in nats per token. `max_vio_global` is over the whole validation set, mean over MoE layers."""
+    """Mean cross-entropy in nats per token: over all tokens, or the domains' means weighted as in training.
+
+    `bits_per_byte` is the same loss per byte of the text that was to be predicted, which tokenizers share (separators count no byte).
+    `max_vio_global` is over the whole validation set, mean over MoE layers.
+    """
 
     loss: float
     by_domain: dict[str, float]
     max_vio_global: float | None
+    bits_per_byte: float | None = None
+    specialisation: Specialisation | None = None
 
 
 def validate(
@@ -32,37 +43,74 @@ def validate(
     ranks: Ranks,
     autocast: Callable[[], AbstractContextManager[object]],
     interrupted: Callable[[], bool],
+    specialisation: bool = False,
 ) -> Validation | None:
     """Up to `sequences` sequences of each domain, `micro_batch` at a time on each rank; None if any rank was `interrupted`."""
-    layers, experts = len(model.moe_layers), model.spec.moe.n_experts if model.spec.moe else 0
-    # One row per domain: summed loss, tokens; then the counts of all domains, and whether somebody wants to stop.
-    sums = torch.zeros(len(batches.domains), 2, dtype=torch.float64, device=ranks.device)
-    tokens_LE = torch.zeros(layers, experts, dtype=torch.float64, device=ranks.device)
+    sums = _Sums(model, batches, sequences, ranks, specialisation=specialisation)
     stopping = False
     model.eval()
     try:
         with torch.no_grad():
             for domain in range(len(batches.domains)):
-                rows = batches.validation(domain, sequences)[ranks.rank :: ranks.size]
-                for start in range(0, len(rows), micro_batch):
+                rows = batches.validation(domain, sequences)
+                for start in range(ranks.rank, len(rows), micro_batch * ranks.size):
                     stopping = stopping or interrupted()
                     if stopping:
                         break
-                    tokens_BS, targets_BS = (t.to(ranks.device) for t in tokens_and_targets(rows[start : start + micro_batch]))
+                    chosen = slice(start, start + micro_batch * ranks.size, ranks.size)
+                    tokens_BS, targets_BS = (t.to(ranks.device) for t in batches.tokens_and_targets(rows[chosen]))
                     with autocast():
-                        output = model(tokens_BS, targets_BS)
-                    sums[domain, 0] += output.lm_loss * targets_BS.numel()
-                    sums[domain, 1] += targets_BS.numel()
-                    if output.stats is not None:
-                        tokens_LE += output.stats.expert_tokens_LE
+                        output = model(tokens_BS, targets_BS, batches.documents(tokens_BS))
+                    sums.add(domain, chosen, targets_BS, output)
     finally:
         model.train()
     flag = torch.tensor([float(stopping)], dtype=torch.float64, device=ranks.device)
-    total = ranks.gather(torch.cat([sums.flatten(), tokens_LE.flatten(), flag])).sum(0).cpu().numpy()
-    if total[-1]:
-        return None
-    loss_and_tokens = total[: sums.numel()].reshape(-1, 2)
-    by_domain = {domain.name: float(loss / tokens) for domain, (loss, tokens) in zip(batches.domains, loss_and_tokens, strict=True)}
-    loss, count = loss_and_tokens.sum(axis=0)
-    vio_L = max_vio(total[sums.numel() : -1].reshape(layers, experts)) if layers else None
-    return Validation(float(loss / count), by_domain, None if vio_L is None else float(vio_L.mean()))
+    total = ranks.gather(torch.cat([flag, sums.flat()])).sum(0).cpu().numpy()
+    return None if total[0] else sums.result(total[1:])
+
+
+class _Sums:
+    """What is summed over a validation on one rank, and what it means once it is summed over all. Letters: M domains, L layers, E experts."""
+
+    def __init__(self, model: Transformer, batches: Batches, sequences: int, ranks: Ranks, *, specialisation: bool) -> None:
+        layers, experts = len(model.moe_layers), model.spec.moe.n_experts if model.spec.moe else 0
+        self._batches = batches
+        self._losses_M3 = torch.zeros(len(batches.domains), 3, dtype=torch.float64, device=ranks.device)  # loss, tokens, bytes
+        self._tokens_LE = torch.zeros(layers, experts, dtype=torch.float64, device=ranks.device)
+        self._byte_lengths_V = batches.byte_lengths.to(ranks.device)
+        self._tally = Tally(batches, layers, experts, sequences, ranks.device) if specialisation and layers else None
+
+    def add(self, domain: int, rows: slice, targets_BS: Tensor, output: Output) -> None:
+        """One micro-batch: the windows `rows` of `domain`."""
+        assert output.lm_loss is not None
+        predicted = targets_BS[targets_BS != UNPREDICTED]
+        self._losses_M3[domain, 0] += output.lm_loss * predicted.numel()
+        self._losses_M3[domain, 1] += predicted.numel()
+        self._losses_M3[domain, 2] += self._byte_lengths_V[predicted].sum()
+        if output.stats is not None:
+            self._tokens_LE += output.stats.expert_tokens_LE
+        if self._tally is not None:
+            self._tally.add(domain, rows, output.choices)
+
+    def flat(self) -> Tensor:
+        """Everything, float64, for the reduction over ranks."""
+        tally = [] if self._tally is None else [self._tally.sums()]
+        return torch.cat([self._losses_M3.flatten(), self._tokens_LE.flatten(), *tally])
+
+    def result(self, total: NDArray[np.float64]) -> Validation:
+        """The meaning of `flat`, summed over the ranks."""
+        n_losses, n_tokens = self._losses_M3.numel(), self._tokens_LE.numel()
+        losses_M3 = total[:n_losses].reshape(-1, 3)
+        tokens_LE = total[n_losses : n_losses + n_tokens].reshape(tuple(self._tokens_LE.shape))
+        by_domain = {domain.name: float(loss / tokens) for domain, (loss, tokens, _) in zip(self._batches.domains, losses_M3, strict=True)}
+        weights = self._batches.weights
+        weighted_3 = losses_M3.sum(axis=0) if weights is None else weights @ (losses_M3 / losses_M3[:, 1:2])
+        loss, tokens, size = weighted_3
+        vio_L = max_vio(tokens_LE) if len(tokens_LE) else None
+        return Validation(
+            loss=float(loss / tokens),
+            by_domain=by_domain,
+            max_vio_global=None if vio_L is None else float(vio_L.mean()),
+            bits_per_byte=float(loss / (size * math.log(2))) if size else None,
+            specialisation=None if self._tally is None else self._tally.result(total[n_losses + n_tokens :]),
+        )

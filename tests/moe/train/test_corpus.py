@@ -148,7 +148,7 @@ def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
     ("name", "content", "complaint"),
     [
         ("none.txt", None, r"^data\.paths\[0\]: .*none\.txt does not exist"),
-        ("data.pdf", b"%PDF", r"^data\.paths\[0\]: .* is a \.pdf file; \.txt, \.md, \.py, \.jsonl are read"),
+        ("data.pdf", b"%PDF", r"^data\.paths\[0\]: .* is a \.pdf file; \.txt, \.md, \.py, \.jsonl, \.parquet are read"),
         ("empty.txt", b"", r"^data\.paths\[0\]: holds no text"),
         ("short.txt", b"only this", r"^data\.paths\[0\]: holds only one document"),
         ("latin.txt", b"caf\xe9", r"^data\.paths\[0\]: .*latin\.txt is not UTF-8"),

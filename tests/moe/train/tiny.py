@@ -48,7 +48,8 @@ class Run:
         torch.set_num_threads(1)
         self.requests = Requests()
         self.out, self.attempt = out, attempt
-        batches = Batches(corpus.load(spec.data, HOME), spec.data.seq_len, spec.training.batch_size, spec.seed)
+        by_document = spec.data.packing == "documents"
+        batches = Batches(corpus.load(spec.data, HOME), spec.data.seq_len, spec.training.batch_size, spec.seed, by_document=by_document)
         self.learner = Learner(spec, batches, Ranks(0, 1, torch.device("cpu")))
         self.training = Training(spec, self.learner, out, attempt, self.requests)
 
