@@ -30,12 +30,12 @@ class LatentAttention(nn.Module):
         self.scale = attention_scale(spec, attention.qk_nope_head_dim + attention.qk_rope_head_dim)
         if attention.q_lora_rank:
             self.q_down = nn.Linear(spec.d_model, attention.q_lora_rank, bias=False)
-            self.q_norm = RmsNorm(attention.q_lora_rank, spec.norm_eps)
+            self.q_norm = RmsNorm(attention.q_lora_rank, attention.norm_eps or spec.norm_eps)
             self.q_up = nn.Linear(attention.q_lora_rank, q_width, bias=False)
         else:
             self.q = nn.Linear(spec.d_model, q_width, bias=False)
         self.kv_down = nn.Linear(spec.d_model, attention.kv_lora_rank + attention.qk_rope_head_dim, bias=False)
-        self.kv_norm = RmsNorm(attention.kv_lora_rank, spec.norm_eps)
+        self.kv_norm = RmsNorm(attention.kv_lora_rank, attention.norm_eps or spec.norm_eps)
         self.kv_up = nn.Linear(attention.kv_lora_rank, attention.n_heads * (attention.qk_nope_head_dim + attention.v_head_dim), bias=False)
         self.out = nn.Linear(attention.n_heads * attention.v_head_dim, spec.d_model, bias=False)
 

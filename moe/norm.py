@@ -50,8 +50,8 @@ class LayerNorm(nn.Module):
         return y.to(product_dtype(x))
 
 
-def build_norm(spec: Model) -> nn.Module:
-    """The model's normalisation of the residual stream."""
+def build_norm(spec: Model, eps: float | None = None) -> nn.Module:
+    """The model's normalisation of the residual stream, with its `norm_eps` unless `eps` is given."""
     if spec.norm == "rmsnorm":
-        return RmsNorm(spec.d_model, spec.norm_eps)
-    return LayerNorm(spec.d_model, spec.norm_eps, bias=spec.norm_bias)
+        return RmsNorm(spec.d_model, eps or spec.norm_eps)
+    return LayerNorm(spec.d_model, eps or spec.norm_eps, bias=spec.norm_bias)

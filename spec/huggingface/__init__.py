@@ -1,0 +1,120 @@
+"""Hugging Face's config.json and the spec, both ways. No torch and no transformers: plain data to plain data.
+
+    model_of(config)       the spec's model of a config.json
+    config_of(model)       the family that can say what the model computes, and its config.json
+    family_of(config)      which family a config.json is
+
+What cannot be carried over is a ConfigError with one problem for each field. The weights are `moe.huggingface`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from spec.diff import diff
+from spec.huggingface.dbrx import DBRX
+from spec.huggingface.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
+from spec.huggingface.evaluated import evaluated
+from spec.huggingface.family import Family
+from spec.huggingface.gpt_oss import GPT_OSS
+from spec.huggingface.jetmoe import JETMOE
+from spec.huggingface.llama import LLAMA, MISTRAL
+from spec.huggingface.llama4 import LLAMA4
+from spec.huggingface.mixtral import MIXTRAL, PHIMOE
+from spec.huggingface.olmoe import OLMOE
+from spec.huggingface.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
+from spec.huggingface.reader import ConfigError, Reader
+from spec.model import Model
+from spec.problems import Problem, pointer
+
+__all__ = ["FAMILIES", "ConfigError", "Family", "config_of", "family_of", "model_of"]
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        *(LLAMA, MISTRAL, QWEN2, QWEN3),
+        *(MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE, DEEPSEEK_V2, DEEPSEEK_V3, DBRX, LLAMA4, GPT_OSS, PHIMOE, JETMOE),
+    )
+}
+"""By `model_type`, in the order in which an export tries them."""
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part that describes the language model: Llama 4 keeps it beside a vision tower."""
+    inner = config.get("text_config")
+    if config.get("model_type") == "llama4" and isinstance(inner, Mapping):
+        return {**inner, "model_type": "llama4_text"}
+    return config
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """The family that `model_type` names. Raises ConfigError for another, and for quantised weights."""
+    name = text_config(config).get("model_type")
+    quantised = config.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method", "unknown") if isinstance(quantised, Mapping) else quantised
+        detail = f"quantization_config: the weights are quantised ({method}); save them in bfloat16 or float32 first"
+        raise ConfigError([Problem("/quantization_config", detail)])
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise ConfigError([Problem("/model_type", f"model_type: {name!r} is not among {', '.join(FAMILIES)}")])
+    return FAMILIES[name]
+
+
+def model_of(config: Mapping[str, Any]) -> Model:
+    """The model that a config.json describes. Raises ConfigError, naming every field that cannot be carried over."""
+    family = family_of(config)
+    reader = Reader(text_config(config))
+    plain = family.read(reader)
+    reader.finish()
+    try:
+        return Model.model_validate(plain)
+    except ValidationError as error:
+        raise ConfigError([Problem("", _told(item)) for item in error.errors(include_url=False)]) from error
+
+
+def _told(item: Any) -> str:
+    return f"model.{'.'.join(str(key) for key in item['loc'])}: {item['msg'].removeprefix('Value error, ')}"
+
+
+def config_of(model: Model, *, max_len: int = 4096, family: str | None = None) -> dict[str, Any]:
+    """A config.json that computes what `model` computes in evaluation; `max_len` is the longest context, in tokens.
+
+    The first family that can say it all is taken, or `family`. Raises ConfigError with the fields that the nearest family lacks.
+    """
+    if family is not None and family not in FAMILIES:
+        raise ConfigError([Problem("", f"family {family!r} is not among {', '.join(FAMILIES)}")])
+    tried = [FAMILIES[family]] if family else list(FAMILIES.values())
+    lacking = [(lacks(one, model, max_len), one) for one in tried]
+    fewest, nearest = min(lacking, key=lambda pair: sum(_weight(problem) for problem in pair[0]))
+    if fewest:
+        told = [Problem(problem.pointer, f"{problem.detail} ({nearest.model_type}, the nearest family)") for problem in fewest]
+        raise ConfigError(told if family is None else fewest)
+    return {"architectures": [nearest.architecture], "model_type": nearest.model_type, **nearest.write(model, max_len)}
+
+
+def lacks(family: Family, model: Model, max_len: int = 4096) -> list[Problem]:
+    """What `family` cannot say of `model`, field by field; empty when it can say it all."""
+    try:
+        back = model_of({"model_type": family.model_type, **family.write(model, max_len)})
+    except ConfigError as error:
+        return [Problem("", f"{family.model_type} cannot say it: {problem}") for problem in error.problems]
+    ours, theirs = evaluated(model), evaluated(back)
+    if ours["moe"] and theirs["moe"] and not ours["moe"]["balance"] and theirs["moe"]["balance"]:
+        theirs["moe"]["balance"] = []  # a selection bias of zero is none
+    return [
+        Problem(pointer("model", *path.split(".")), f"{path.rsplit('.', 1)[-1]}: {_shown(mine)} cannot be said, only {_shown(other)}")
+        for path, mine, other in diff(ours, theirs)
+    ]
+
+
+def _weight(problem: Problem) -> int:
+    """How far a family is for this: one without the field at all is farther than one with another value, and one without experts farthest."""
+    return {"": 10, "/model/moe": 100}.get(problem.pointer, 1)
+
+
+def _shown(value: Any) -> str:
+    text = "null" if value is None else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
