@@ -1,4 +1,4 @@
-"""Attention, as a person describes it: grouped-query or multi-head latent."""
+"""Attention, as a person describes it: grouped-query, multi-head latent, or lightning."""
 
 from __future__ import annotations
 
@@ -86,9 +86,30 @@ class LatentAttention(Part):
     qk_nope_head_dim: int = field(32, "Per-head dimensions without rotary position.", ge=1, le=1024, unit="dimensions")
     qk_rope_head_dim: int = field(16, "Per-head dimensions that carry rotary position; even.", ge=2, le=1024, multiple_of=2, unit="dimensions")
     v_head_dim: int = field(32, "Per-head value dimensions.", ge=1, le=1024, unit="dimensions")
+    norm_eps: float | None = field(None, "Added to the variance in the norms of the latents; empty means the model's (DeepSeek: 1e-6).", gt=0, le=0.1)
 
 
-Attention = Annotated[GroupedQueryAttention | LatentAttention, Field(discriminator="kind")]
+class LightningAttention(Part):
+    """Linear attention with a decaying state and a gated output, and softmax attention in every n-th layer (MiniMax-01, section 2.2); priced only."""
+
+    kind: Literal["lightning"] = "lightning"
+    n_heads: int = field(4, "Heads.", ge=1, le=1024, unit="heads")
+    n_kv_heads: int = field(4, "Key and value heads of the softmax layers; a divisor of the heads.", ge=1, le=1024, unit="heads")
+    head_dim: int = field(32, "Width of one head.", ge=2, le=1024, unit="dimensions")
+    full_every: int = field(8, "Every n-th layer has softmax attention instead.", ge=1, le=10_000, unit="layers")
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_kv_heads {self.n_kv_heads} does not divide n_heads {self.n_heads}")
+        return self
+
+    def softmax_at(self, layer: int) -> bool:
+        """Whether layer `layer` (from 0) has softmax attention."""
+        return (layer + 1) % self.full_every == 0
+
+
+Attention = Annotated[GroupedQueryAttention | LatentAttention | LightningAttention, Field(discriminator="kind")]
 
 
 # ----- rotary positions beyond the trained length

@@ -26,6 +26,7 @@ class Model(Part):
     norm_bias: bool = field(False, "layernorm only: a bias beside the weight.")
     sandwich_norm: bool = field(False, "Normalise after each block too, before it is added to the residual stream (Grok-1).")
     norm_eps: float = field(1e-5, "Added to the variance.", gt=0, le=0.1)
+    final_norm_eps: float | None = field(None, "The same in the norm at the end; empty means norm_eps (JetMoE: 1e-5, beside 1e-6).", gt=0, le=0.1)
     position: Literal["rope", "t5_relative"] = field("rope", "Rotary positions, or T5's relative position buckets.")
     rope_theta: float = field(10_000.0, "Base of the rotary frequencies.", gt=1, le=1e9)
     rope_scaling: RopeScaling | None = Field(None, description="How rotary positions reach beyond the length that the model was trained at.")
@@ -33,7 +34,7 @@ class Model(Part):
     dropout: float = field(0.0, "Dropout on the attention and feed-forward outputs.", ge=0, lt=1)
     init_std: float = field(0.02, "Standard deviation of the initial weights.", gt=0, le=1)
     mtp_depth: int = field(0, "Extra blocks that each predict one token further ahead (multi-token prediction, V3: 1).", ge=0, le=16, unit="blocks")
-    mtp_weight: float = field(0.3, "Weight of the mean of their losses in the loss (DeepSeek-V3: 0.3, later 0.1).", ge=0, le=100)
+    mtp_weight: float = field(0.3, "Weight of the mean of their losses in the loss (DeepSeek-V3: 0.3, later 0.1).", gt=0, le=100)
     moe: Moe | None = Field(default_factory=Moe, description="The MoE layers; null makes every layer dense.")
 
     @model_validator(mode="after")
@@ -44,6 +45,8 @@ class Model(Part):
                 raise ValueError(f"attention.n_heads {attention.n_heads} does not divide d_model {self.d_model}; set attention.head_dim")
             if self.position == "rope" and self.head_dim % 2:
                 raise ValueError(f"attention.head_dim {self.head_dim} is odd; rotary positions need pairs")
+        if attention.kind == "lightning" and self.encoder_layers:
+            raise ValueError("attention.kind lightning is for decoder-only models: encoder_layers must be 0")
         if self.norm_bias and self.norm != "layernorm":
             raise ValueError("norm_bias is for norm layernorm")
         if self.moe is not None and not self.moe_layers():

@@ -1,12 +1,16 @@
 """What a spec costs, before anything is allocated: closed form, exact Python ints, microseconds.
 
 Parameters   every number that is trained. Buffers (DeepSeek-V3's selection bias) are not counted.
+             Blocks of multi-token prediction are counted apart (`mtp_params`), as publications do: a model is run without them.
 Active       what one token uses, in the three conventions that publications mix: A0 all of it, A1 without the input
              embedding, A2 without input and output embedding. A tied matrix is taken off once.
 FLOPs        forward: 2 for each weight of a matrix that a token is multiplied by (the output projection counts, the
              embedding lookup, norms, biases and softmax do not), and for the attention scores and values
-             2 * heads * (d_qk + d_v) * mean context at the spec's seq_len, causal: (S + 1) / 2, within a window less.
-             training: 3 * forward. Recomputed activations and dropped tokens change neither: this is model FLOPs.
+             2 * heads * (d_qk + d_v) * mean context at the spec's seq_len, causal: (S + 1) / 2, within a window or chunk less;
+             4 * heads * head_dim^2 for lightning attention, in its recurrent form. Every token counts top_k experts, also where
+             a router may choose fewer (gshard, capacity) or each expert chooses (expert_choice: top_k on average).
+             training: 3 * forward, with the blocks of multi-token prediction and their heads. Recomputed activations and
+             dropped tokens change neither: this is model FLOPs.
              Encoder-decoder: per pair of one source and one target token, both sequences of seq_len tokens.
 Bytes        on one device: weights and gradients float32, AdamW's two moments float32; experts are divided over
              parallel.expert ranks, the rest is replicated. `activations` is an estimate, see `memory.activation_bytes`.

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from spec.accounting.count import count
-from spec.accounting.flops import attention_flops
-from spec.accounting.memory import activation_bytes, all_to_all_bytes, kv_cache_bytes
+from spec.accounting.attention import attention_flops, mtp_attention_flops
+from spec.accounting.count import count, mtp_parts
+from spec.accounting.memory import activation_bytes, all_to_all_bytes, kv_cache_bytes, kv_cache_bytes_per_sequence
+from spec.accounting.quantity import Count
 from spec.experiment import ExperimentSpec
 
 
@@ -42,15 +43,21 @@ class Bytes:
 
 @dataclass(frozen=True)
 class Price:
-    """The figures of one spec. `by_part` and `active_by_part` have the keys PARTS and sum to the totals."""
+    """The figures of one spec.
+
+    `by_part` and `active_by_part` have the keys PARTS; all but mtp sum to the totals. `mtp_params`, of the blocks of multi-token prediction,
+    are trained and held beside total_params.
+    """
 
     total_params: int
+    mtp_params: int
     active_params: ActiveParams
     flops_per_token: Flops
     bytes: Bytes
     tokens_per_step: int
     all_to_all_bytes_per_token: int
     kv_cache_bytes_per_token: int
+    kv_cache_bytes_per_sequence: int
     by_part: dict[str, int]
     active_by_part: dict[str, int]
 
@@ -61,19 +68,25 @@ class Price:
 
 def price(spec: ExperimentSpec) -> Price:
     """The figures of `spec`."""
-    model, parts = spec.model, count(spec.model)
-    total = sum(part.total for part in parts.values())
+    model, parts, s = spec.model, count(spec.model), spec.data.seq_len
+    mtp = parts["mtp"]
+    total = sum(part.total for part in parts.values()) - mtp.total
     active = sum(part.active for part in parts.values())
     a1 = active - parts["embedding"].active
-    forward = 2 * sum(part.matmul for part in parts.values()) + attention_flops(model, spec.data.seq_len)
+    products = sum(part.matmul for part in parts.values()) - mtp.matmul
+    forward = 2 * products + attention_flops(model, s)
+    ahead = 2 * (mtp.matmul + model.mtp_depth * parts["head"].matmul) + mtp_attention_flops(model, s)
+    experts = parts["experts"] + mtp_parts(model).get("experts", Count())
     return Price(
         total_params=total,
+        mtp_params=mtp.total,
         active_params=ActiveParams(active, a1, a1 - parts["head"].active),
-        flops_per_token=Flops(forward, 3 * forward),
-        bytes=_bytes(spec, total, parts["experts"].total),
+        flops_per_token=Flops(forward, 3 * (forward + ahead)),
+        bytes=_bytes(spec, total + mtp.total, experts.total),
         tokens_per_step=spec.training.batch_size * spec.data.seq_len,
         all_to_all_bytes_per_token=all_to_all_bytes(spec),
         kv_cache_bytes_per_token=kv_cache_bytes(spec),
+        kv_cache_bytes_per_sequence=kv_cache_bytes_per_sequence(spec),
         by_part={name: part.total for name, part in parts.items()},
         active_by_part={name: part.active for name, part in parts.items()},
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from spec.accounting.count import n_moe_layers
+from spec.accounting.count import n_moe_layers, n_mtp_moe_layers
 from spec.accounting.figures import price
 from spec.accounting.text import bytes_text, count_text
 from spec.experiment import ExperimentSpec
@@ -19,22 +19,24 @@ _FIELD_OF_PART = {
     "routers": "/model/moe/n_experts",
     "experts": "/model/moe/n_experts",
     "shared_experts": "/model/moe/n_shared",
+    "mtp": "/model/mtp_depth",
 }
 
 
 def check_size(spec: ExperimentSpec, *, max_params: float, max_layers: int = MAX_LAYERS, max_bytes_per_device: int | None = None) -> list[Problem]:
     """Why `spec` is too large to run here: field, figure and limit of each excess; empty when it fits."""
     problems, model = [], spec.model
-    layers = model.n_layers + model.encoder_layers
+    layers = model.n_layers + model.encoder_layers + model.mtp_depth
     if layers > max_layers:
         problems.append(Problem("/model/n_layers", f"n_layers: {layers:,} layers > limit {max_layers:,}"))
     cost = price(spec)
-    if cost.total_params > max_params:
+    held_params = cost.total_params + cost.mtp_params
+    if held_params > max_params:
         largest = _FIELD_OF_PART.get(max(cost.by_part, key=cost.by_part.__getitem__), "/model/d_model")
-        held = bytes_text(16 * cost.total_params)
-        detail = f"{count_text(cost.total_params)} parameters ({held} with gradients and optimiser) > limit {count_text(max_params)}"
+        held = bytes_text(16 * held_params)
+        detail = f"{count_text(held_params)} parameters ({held} with gradients and optimiser) > limit {count_text(max_params)}"
         problems.append(Problem(largest, f"{largest.rsplit('/', 1)[1]}: {detail}"))
-    sparse, experts = n_moe_layers(model), model.moe.n_experts if model.moe else 0
+    sparse, experts = n_moe_layers(model) + n_mtp_moe_layers(model), model.moe.n_experts if model.moe else 0
     if sparse * experts > MAX_ROUTING_CELLS:
         detail = f"{sparse:,} MoE layers x {experts:,} experts = {sparse * experts:,} token counts a step > limit {MAX_ROUTING_CELLS:,}"
         problems.append(Problem("/model/moe/n_experts", f"n_experts: {detail}"))

@@ -13,6 +13,7 @@ def table(cost: Price) -> str:
         ("active", f"{active.with_embeddings:,}"),
         ("  without input embedding", f"{active.without_input_embedding:,}"),
         ("  without embeddings", f"{active.without_embeddings:,}"),
+        *([("multi-token prediction, beside", f"{cost.mtp_params:,}")] if cost.mtp_params else []),
         ("FLOPs per token, forward", f"{flops.forward:,}"),
         ("FLOPs per token, training", f"{flops.training:,}"),
         ("tokens per step", f"{cost.tokens_per_step:,}"),
@@ -24,6 +25,7 @@ def table(cost: Price) -> str:
         ("checkpoint", bytes_text(size.checkpoint)),
         ("all-to-all per token", bytes_text(cost.all_to_all_bytes_per_token)),
         ("KV cache per token", bytes_text(cost.kv_cache_bytes_per_token)),
+        ("KV cache of a sequence", bytes_text(cost.kv_cache_bytes_per_sequence)),
     ]
     lines = [f"{label:<28}{figure:>24}" for label, figure in rows]
     lines += ["", f"{'part':<28}{'total':>24}{'active':>24}"]

@@ -24,10 +24,12 @@ GQA = st.fixed_dictionaries(
         "head_dim": st.sampled_from([None, 6, 8]),
         "bias": st.booleans(),
         "output_bias": st.booleans(),
-        "qk_norm": st.sampled_from(["none", "head", "full"]),
+        "qk_norm": st.sampled_from(["none", "head", "full", "l2"]),
         "sinks": st.booleans(),
         "sliding_window": st.none() | small(1, 20),
         "full_every": small(1, 3),
+        "chunk": st.none() | small(1, 20),
+        "nope_every": small(0, 3),
         "experts": ATTENTION_EXPERTS,
     }
 )
@@ -42,7 +44,25 @@ MLA = st.fixed_dictionaries(
         "v_head_dim": small(1, 6),
     }
 )
-ACTIVATION = st.sampled_from(["swiglu", "geglu", "relu", "gelu"])
+LIGHTNING = st.fixed_dictionaries(
+    {
+        "kind": st.just("lightning"),
+        "n_heads": st.sampled_from([2, 4]),
+        "n_kv_heads": st.sampled_from([1, 2]),
+        "head_dim": st.sampled_from([6, 8]),
+        "full_every": small(1, 3),
+    }
+)
+ACTIVATION = st.sampled_from(["swiglu", "geglu", "relu", "gelu", "swiglu_clamped"])
+SCORED = st.fixed_dictionaries(
+    {
+        "kind": st.sampled_from(["topk_softmax", "noisy_topk", "sigmoid_input", "expert_choice", "sinkhorn"]),
+        "scorer": st.sampled_from(["linear", "cosine", "mlp"]),
+        "scorer_dim": small(1, 9),
+        "bias": st.booleans(),
+    }
+)
+ROUTER = SCORED | st.fixed_dictionaries({"kind": st.sampled_from(["hash", "random"])})
 MOE = st.fixed_dictionaries(
     {
         "n_experts": st.sampled_from([4, 8]),
@@ -54,17 +74,17 @@ MOE = st.fixed_dictionaries(
         "bias": st.sampled_from(["none", "expert", "layer"]),
         "first_k_dense": small(0, 2),
         "every": small(1, 2),
-        "router": st.fixed_dictionaries({"bias": st.booleans()}),
+        "router": ROUTER,
     }
-) | st.fixed_dictionaries({"n_shared": small(1, 2), "combine": st.just("sigmoid_gate"), "d_expert": small(1, 12)})
+) | st.fixed_dictionaries({"n_shared": small(1, 2), "combine": st.sampled_from(["sigmoid_gate", "residual"]), "d_expert": small(1, 12)})
 MODEL = st.fixed_dictionaries(
     {
         "n_layers": small(1, 4),
-        "encoder_layers": small(0, 3),
+        "encoder_layers": st.just(0) | small(0, 3),
         "d_model": st.sampled_from([8, 16, 24]),
         "vocab_size": small(257, 300),
         "tie_embeddings": st.booleans(),
-        "attention": GQA | MLA,
+        "attention": GQA | MLA | LIGHTNING,
         "d_ff": small(1, 20),
         "activation": ACTIVATION,
         "norm": st.just("layernorm"),
@@ -72,6 +92,7 @@ MODEL = st.fixed_dictionaries(
         "sandwich_norm": st.booleans(),
         "position": st.sampled_from(["rope", "t5_relative"]),
         "lm_head_bias": st.booleans(),
+        "mtp_depth": small(0, 2),
         "moe": st.none() | MOE,
     }
 )
@@ -82,6 +103,8 @@ def specs(draw: st.DrawFn) -> ExperimentSpec:
     """A spec that validates."""
     model: dict[str, Any] = draw(MODEL)
     ranks = draw(st.sampled_from([1, 2, 4])) if model["moe"] else 1
+    if model["moe"] and model["moe"].get("router", {}).get("kind") in ("hash", "random"):
+        model["moe"]["balance"] = []
     plain = {
         "model": model,
         "data": {"seq_len": draw(small(8, 24))},

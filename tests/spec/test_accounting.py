@@ -21,11 +21,14 @@ DRAWN = settings(max_examples=200, deadline=None, suppress_health_check=[HealthC
 def test_agrees_with_every_tensor_listed(spec: ExperimentSpec) -> None:
     cost = price(spec)
     total, active = oracle.by_part(spec.model, active=False), oracle.by_part(spec.model, active=True)
-    assert cost.by_part == {part: total[part] for part in PARTS}
+    ahead = sum(tensor.size for tensor in oracle.mtp_tensors(spec.model))
+    assert cost.by_part == {part: total[part] for part in PARTS} | {"mtp": ahead}
     assert cost.active_by_part == {part: active[part] for part in PARTS}
+    assert cost.mtp_params == ahead
     assert cost.total_params == total.total()
     assert cost.flops_per_token.forward == oracle.forward_flops(spec)
-    assert cost.flops_per_token.training == 3 * cost.flops_per_token.forward
+    assert cost.flops_per_token.training == oracle.training_flops(spec)
+    assert cost.kv_cache_bytes_per_sequence == oracle.cached_bytes(spec)
     a = cost.active_params
     assert a.with_embeddings == active.total()
     assert a.without_input_embedding == active.total() - active["embedding"]
@@ -37,16 +40,18 @@ def test_agrees_with_every_tensor_listed(spec: ExperimentSpec) -> None:
 def test_bytes_follow_from_the_parameters(spec: ExperimentSpec) -> None:
     cost, ranks = price(spec), spec.parallel.expert
     size = cost.bytes
-    held = cost.total_params - cost.by_part["experts"] + cost.by_part["experts"] / ranks
+    all_held = cost.total_params + cost.mtp_params
+    experts = cost.by_part["experts"] + sum(tensor.size for tensor in oracle.mtp_tensors(spec.model) if tensor.part == "experts")
+    held = all_held - experts + experts / ranks
     assert held <= size.weights / 4 < held + 1
     assert size.gradients == size.weights and size.optimizer == 2 * size.weights
-    assert size.checkpoint == 12 * cost.total_params
+    assert size.checkpoint == 12 * all_held
     assert size.total_per_device == size.weights + size.gradients + size.optimizer + size.activations
     width = 4 if spec.training.precision == "float32" else 2
     moe = spec.model.moe
     crossings = 0.0
-    for stack in (spec.model.n_layers, spec.model.encoder_layers):
-        for layer in range(stack):
+    for stack in (range(spec.model.n_layers), range(spec.model.encoder_layers), [spec.model.n_layers - 1] * spec.model.mtp_depth):
+        for layer in stack:
             if oracle.is_sparse(spec.model, layer):
                 assert moe is not None
                 crossings += 4 * moe.top_k * spec.model.d_model * width * (ranks - 1) / ranks
@@ -62,7 +67,7 @@ def test_activations_shrink_with_ranks_and_recompute_and_never_below_the_logits(
     plain["training"]["activation_recompute"] = True
     recomputed = price(ExperimentSpec.model_validate(plain)).bytes.activations
     logits = 8 * spec.model.vocab_size * spec.data.seq_len * spec.training.batch_size // spec.parallel.world_size
-    assert logits < recomputed
+    assert logits * (1 + spec.model.mtp_depth) < recomputed
     if spec.model.n_layers > 1:
         assert recomputed < kept
     plain["training"]["grad_accumulation"] = 2
