@@ -26,6 +26,8 @@ from moe.layer import MoeLayer
 from moe.mtp import MtpModule, targets_ahead
 from moe.norm import build_norm
 from moe.rope import Rope, rotated_width
+from moe.router_policy import judged
+from moe.router_unscored import HashRouter
 from moe.routing import Choice, LayerOutput, RoutingStats
 from spec.model import Model
 from spec.trainable import model_problems
@@ -37,7 +39,7 @@ class Output:
 
     logits_BSV: Tensor | None  # only without targets
     lm_loss: Tensor | None  # mean cross-entropy in nats per token; only with targets
-    balance_loss: Tensor  # every balancing term times its coefficient, summed over layers; 0 for a dense model
+    balance_loss: Tensor  # every balancing term times its coefficient, and what routers add themselves, summed over layers; 0 for a dense model
     stats: RoutingStats | None  # None for a dense model
     mtp_loss: Tensor | None = None  # model.mtp_weight times the mean cross-entropy of the extra blocks; only with these and targets
     choices: tuple[Choice, ...] = ()  # of each MoE layer among the blocks
@@ -59,7 +61,7 @@ class Transformer(nn.Module):
         self.balance_terms = tuple(term.kind for term in balance.loss_terms(spec.moe.balance)) if spec.moe else ()
         self.embedding = nn.Embedding(spec.vocab_size, spec.d_model)
         self.blocks = nn.ModuleList(Block(spec, index, sparse=index in sparse) for index in range(spec.n_layers))
-        self.norm = build_norm(spec)
+        self.norm = build_norm(spec, spec.final_norm_eps)
         self.head = None if spec.tie_embeddings else nn.Parameter(torch.empty(spec.vocab_size, spec.d_model))
         self.head_bias = nn.Parameter(torch.empty(spec.vocab_size)) if spec.lm_head_bias else None
         self.mtp = nn.ModuleList(MtpModule(spec) for _ in range(spec.mtp_depth))
@@ -81,6 +83,8 @@ class Transformer(nn.Module):
             cache.position += tokens_BS.shape[1]
         logits_BSV = self._logits(self.norm, x_BSD)
         lm_loss = None if targets_BS is None else F.cross_entropy(logits_BSV.flatten(0, 1).float(), targets_BS.flatten())
+        if targets_BS is not None:
+            layers = self._judged(layers, logits_BSV, targets_BS)
         mtp_loss = None
         if len(self.mtp) and targets_BS is not None:
             ahead, mtp_loss = self._predict_ahead(x_BSD, embedded_BSD, targets_BS, context)
@@ -104,17 +108,28 @@ class Transformer(nn.Module):
         """What the extra blocks' routers did, and the weighted mean of their losses (DeepSeek-V3, eq. 21-25)."""
         if x_BSD.shape[1] <= len(self.mtp):
             raise ValueError(f"model.mtp_depth {len(self.mtp)} needs sequences of more tokens than that, not of {x_BSD.shape[1]}")
-        layers, losses = [], []
+        layers: list[BlockOutput] = []
+        losses = []
         for depth, module in enumerate(self.mtp, 1):
             assert isinstance(module, MtpModule)
             merged_BSD = module.merge(x_BSD[:, :-1], embedded_BSD[:, depth:])
             document_BS = None if context.document_BP is None else context.document_BP[:, :-depth]
-            layers.append(self._run(module.block, merged_BSD, replace(context, tokens_BS=context.tokens_BS[:, depth:], document_BP=document_BS)))
-            x_BSD = layers[-1].x_BSD
-            target_N = targets_ahead(targets_BS, context.document_BP, depth).flatten()
-            total = F.cross_entropy(self._logits(module.norm, x_BSD).flatten(0, 1).float(), target_N, reduction="sum")
-            losses.append(total / (target_N != -100).sum().clamp_min(1))
+            layer = self._run(module.block, merged_BSD, replace(context, tokens_BS=context.tokens_BS[:, depth:], document_BP=document_BS))
+            x_BSD = layer.x_BSD
+            logits_BSV, target_BS = self._logits(module.norm, x_BSD), targets_ahead(targets_BS, context.document_BP, depth)
+            total = F.cross_entropy(logits_BSV.flatten(0, 1).float(), target_BS.flatten(), reduction="sum")
+            losses.append(total / (target_BS != -100).sum().clamp_min(1))
+            layers += self._judged([layer], logits_BSV, target_BS)
         return layers, self.spec.mtp_weight * torch.stack(losses).mean()
+
+    def _judged(self, layers: list[BlockOutput], logits_BSV: Tensor, targets_BS: Tensor) -> list[BlockOutput]:
+        """`layers`, in which each router that learns by policy gradient has got its loss from the tokens' losses."""
+        if self.spec.moe is None or all(layer.ffn is None or layer.ffn.log_prob_T is None for layer in layers):
+            return layers
+        weight, target_T = self.spec.moe.router.policy_weight, targets_BS.flatten()
+        with torch.no_grad():
+            loss_T = F.cross_entropy(logits_BSV.flatten(0, 1).float(), target_T, reduction="none")
+        return [layer if layer.ffn is None else layer._replace(ffn=judged(layer.ffn, loss_T, target_T, weight)) for layer in layers]
 
     def new_cache(self, batch: int, length: int | None = None) -> KvCache:
         """An empty cache for `batch` sequences of at most `length` tokens (see moe.cache)."""
@@ -154,9 +169,13 @@ class Transformer(nn.Module):
         return torch.stack(biases) if biases else None
 
     def router_parameters(self) -> list[nn.Parameter]:
-        """The routers' weights, which the optimiser may give a learning rate of their own."""
+        """The routers' parameters, which the optimiser may give a learning rate of their own."""
         attention = [module.router for module in self.modules() if isinstance(module, RoutedAttention)]
-        return [layer.router.weight for layer in self._moe_layers()] + attention
+        return [parameter for layer in self._moe_layers() for parameter in layer.router.parameters()] + attention
+
+    def hash_routers(self) -> list[HashRouter]:
+        """The routers with a table, which is better filled by what the corpus tells of its tokens (HashRouter.fill)."""
+        return [layer.router for layer in self._moe_layers() if isinstance(layer.router, HashRouter)]
 
     def _moe_layers(self) -> list[MoeLayer]:
         return [module for module in self.modules() if isinstance(module, MoeLayer)]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moe.router import ScoringRouter, drawn
-from moe.routing import Decision
+from moe.routing import Decision, LayerOutput
 
 IGNORED = -100  # the target of a token that has no loss
 
@@ -57,3 +57,12 @@ def policy_loss(loss_T: Tensor, target_T: Tensor, log_prob_T: Tensor) -> Tensor:
     others_T = (loss_T.sum() - loss_T) / (n - 1).clamp_min(1)
     advantage_T = (loss_T - others_T) * (counted_T & (n > 1))
     return (advantage_T * log_prob_T).sum() / n.clamp_min(1)
+
+
+def judged(layer: LayerOutput, loss_T: Tensor, target_T: Tensor, weight: float) -> LayerOutput:
+    """`layer` with its policy loss, times `weight`, in its loss, and without the weight among its figures; as it is without a policy."""
+    if layer.log_prob_T is None:
+        return layer
+    policy = policy_loss(loss_T, target_T, layer.log_prob_T)
+    stats = layer.stats._replace(figures={**layer.stats.figures, "policy_loss": policy.detach()})
+    return layer._replace(loss=layer.loss + weight * policy, stats=stats)

@@ -25,7 +25,7 @@ class Group:
 
 
 class AdamW:
-    """Three groups: matrices (decayed), routers (decayed, with a rate of their own), and norms, biases and embeddings (not decayed)."""
+    """Matrices are decayed, norms, biases and embeddings not; routers have a rate of their own."""
 
     def __init__(self, model: Transformer, spec: Optimizer) -> None:
         """Moments of zero, float32, beside the parameters."""
@@ -34,12 +34,14 @@ class AdamW:
         self.groups = {
             "matrix": Group(spec.weight_decay, 1.0),
             "router": Group(spec.weight_decay, spec.router_lr_factor),
+            "router_plain": Group(0.0, spec.router_lr_factor),
             "plain": Group(0.0, 1.0),
         }
         routers = {id(parameter) for parameter in model.router_parameters()}
         for name, parameter in self.parameters.items():
             plain = parameter.dim() < 2 or name.startswith("embedding.")
-            self.groups["router" if id(parameter) in routers else "plain" if plain else "matrix"].names.append(name)
+            part = ("router_plain" if plain else "router") if id(parameter) in routers else "plain" if plain else "matrix"
+            self.groups[part].names.append(name)
         self._mean = {name: torch.zeros_like(parameter) for name, parameter in self.parameters.items()}
         self._square = {name: torch.zeros_like(parameter) for name, parameter in self.parameters.items()}
         self._steps = torch.zeros((), device=next(model.parameters()).device)
