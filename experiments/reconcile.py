@@ -20,6 +20,7 @@ from django.db.models.functions import Now
 from experiments import doorbell
 from experiments.actions.attempt import leave
 from experiments.actions.now import after_now
+from experiments.actions.serve_generation import take_back
 from experiments.actions.transition import StateConflict, transition
 from experiments.models import LIVE, Presence, Run, State
 
@@ -54,9 +55,11 @@ def reconcile_once() -> list[int]:
             cursor.execute("SELECT pg_try_advisory_xact_lock(%s)", [_LOCK])
             if not cursor.fetchone()[0]:
                 return []
-        lost = _take_back() if _trusted() else []
+        trusted = _trusted()
+        lost = _take_back() if trusted else []
+        waiting = trusted and take_back()
         queued = Run.objects.filter(state=State.QUEUED).exists()
-    if queued:
+    if queued or waiting:
         doorbell.ring()
     return lost
 

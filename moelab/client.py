@@ -235,6 +235,37 @@ class Client:
     def bulk(self, action: Literal["cancel", "archive"], ids: Sequence[int]) -> Json:
         return self._post("/runs/bulk", {"action": action, "ids": list(ids)})
 
+    # ----- generate
+
+    def generate(
+        self,
+        run_id: int,
+        prompt: str = "",
+        *,
+        tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        seed: int | None = None,
+        step: int | None = None,
+        wait_s: float | None = 120.0,
+        idempotency_key: str | None = None,
+    ) -> Json:
+        """Text from a checkpoint of the run, with the experts of each token; waits up to `wait_s` for it (None: does not wait).
+
+        Without `step` the newest checkpoint writes. Raises TimeoutError; look at `state` for how it ended.
+        """
+        body = _given(prompt=prompt, tokens=tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, step=step)
+        made = self._post(f"/runs/{run_id}/generations", body, key=idempotency_key or uuid.uuid4().hex)
+        return made if wait_s is None else patience.wait_for_generation(self, made, wait_s)
+
+    def generation(self, run_id: int, generation_id: int) -> Json:
+        return self._get(f"/runs/{run_id}/generations/{generation_id}")
+
+    def generations(self, run_id: int, *, limit: int | None = None) -> Iterator[Json]:
+        """The run's generations without their texts, newest first."""
+        return self._pages(f"/runs/{run_id}/generations", {}, limit)
+
     # ----- the rest of the house
 
     def workers(self) -> list[Json]:
@@ -282,6 +313,19 @@ class Client:
         body = {"worker": worker, "free_slots": free_slots, "free_devices": list(free_devices)}
         response = self.http.request("POST", "/worker/claim", json=body)
         return None if response.status_code == 204 else _json(response)
+
+    def claim_generation(self, *, worker: int) -> Json | None:
+        """A generation for this host to answer, or None."""
+        response = self.http.request("POST", "/worker/generations/claim", json={"worker": worker})
+        return None if response.status_code == 204 else _json(response)
+
+    def keep_generation(self, generation_id: int, *, attempt: int) -> None:
+        """Says that this host is still at it; an ApiError of status 409 says that it is no longer its own."""
+        self._post(f"/worker/generations/{generation_id}/heartbeat", {"attempt": attempt})
+
+    def answer_generation(self, generation_id: int, *, attempt: int, outcome: Literal["succeeded", "failed", "not_here"], **said: Any) -> None:
+        """Ends a generation, with its `result`, or with `reason` and `detail`; or sends it on to another host."""
+        self._post(f"/worker/generations/{generation_id}/answer", {"attempt": attempt, "outcome": outcome, **said})
 
     # ----- how
 

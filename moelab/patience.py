@@ -55,6 +55,22 @@ def wait(client: Client, run_id: int, timeout_s: float | None, patience_s: float
     raise TimeoutError(f"run {run_id} has not ended within {timeout_s} s")
 
 
+def wait_for_generation(client: Client, made: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+    """The generation once it has succeeded or failed. Raises TimeoutError."""
+    deadline, patience = time.monotonic() + timeout_s, Patience(None)
+    while made["state"] in ("queued", "running"):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"generation {made['id']} of run {made['run']} has not ended within {timeout_s:.0f} s")
+        time.sleep(0.25)
+        try:
+            made = client.generation(made["run"], made["id"])
+        except (ServerUnreachable, ApiError) as error:
+            patience.bear(error)
+        else:
+            patience.heard()
+    return made
+
+
 def follow_logs(client: Client, run_id: int, offset: int, patience_s: float | None) -> Iterator[str]:
     """Pieces of the log from byte `offset` on, until the run has ended and all was read."""
     patience = Patience(patience_s)

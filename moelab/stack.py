@@ -230,8 +230,12 @@ class Stack:
 
     def _stop_runs(self, grace_s: float = 15.0) -> None:
         """Asks the supervisors on this machine to checkpoint and end; their runs are queued again and go on at the next start."""
+        from workers.generation import answering
         from workers.host import running_supervisors
 
+        if (writer := answering()) is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(writer, signal.SIGTERM)
         supervisors = running_supervisors(self.home)
         if not supervisors:
             return

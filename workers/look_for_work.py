@@ -1,4 +1,4 @@
-"""Answers the bell: says hello to the server, takes runs until this host is full or nothing waits, and starts their supervisors."""
+"""Answers the bell: says hello to the server, takes runs until this host is full or nothing waits, and starts their supervisors; then generations."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import fcntl
 import logging
 import os
 import socket
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +14,10 @@ from pathlib import Path
 from moelab import __version__
 from moelab.client import Client
 from moelab.home import home
+from workers import generation
 from workers.devices import Device, devices, label, slots
 from workers.host import living
-from workers.launch import launch
+from workers.launch import LaunchError, launch
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +45,23 @@ def look_for_work() -> int:
             logger.info("run %s, attempt %s, on %s", claim["run"], claim["attempt"], ", ".join(claim["devices"]))
             launch(claim, home() / "runs")
             started += 1
+        answer_generations(client, worker)
     return started
+
+
+def answer_generations(client: Client, worker: int) -> None:
+    """Starts the answering of generations, if any waits and nobody on this host is at it. Raises ApiError, ServerUnreachable, LaunchError."""
+    free = generation.lock()
+    if free is None:
+        return
+    os.close(free)
+    offer = generation.take(client, worker)
+    if offer is None:
+        return
+    try:
+        generation.start(worker, offer)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise LaunchError(f"generation {offer.generation}: {error}") from error
 
 
 def free_devices(found: list[Device], n_slots: int, at_home: Path) -> tuple[int, list[str]] | None:

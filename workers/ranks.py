@@ -20,7 +20,7 @@ from workers.runlog import RunLog
 from workers.verdict import Exit
 
 # What only servers and workers need to know stays with them.
-_SECRETS = ("MOELAB_TOKEN", "MOELAB_SECRET_KEY", "DATABASE_URL", "REDIS_URL")
+SECRETS = ("MOELAB_TOKEN", "MOELAB_SECRET_KEY", "DATABASE_URL", "REDIS_URL")
 _PIPE_BYTES = 65_536
 
 
@@ -37,7 +37,7 @@ class Ranks:
         attempt_dir = run_dir / "attempts" / str(attempt)
         trainer = os.environ.get("MOELAB_TRAINER", "moe.train")
         argv = [sys.executable, "-u", "-m", trainer, str(run_dir / "spec.json"), "--out", str(run_dir), "--attempt", str(attempt)]
-        shared = {name: value for name, value in os.environ.items() if name not in _SECRETS} | {
+        shared = {name: value for name, value in os.environ.items() if name not in SECRETS} | {
             "WORLD_SIZE": str(len(devices)),
             "MOELAB_RENDEZVOUS": str(attempt_dir / "rendezvous"),
             "MOELAB_THREADS": str(threads),

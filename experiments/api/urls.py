@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from django.urls import path, re_path
 
-from experiments.api import account, history, presets, projects, run, runs, schema, telemetry, tokens, verbs, workers
+from experiments.api import account, generations, history, presets, projects, run, runs, schema, telemetry, tokens, verbs, worker_generations, workers
 from experiments.pages import docs
 
 urlpatterns = [
@@ -22,6 +22,8 @@ urlpatterns = [
     path("runs/<int:run_id>/transitions", history.Transitions.as_view()),
     path("runs/<int:run_id>/checkpoints", history.Checkpoints.as_view()),
     path("runs/<int:run_id>/diff", history.Diff.as_view()),
+    path("runs/<int:run_id>/generations", generations.Generations.as_view()),
+    path("runs/<int:run_id>/generations/<int:generation_id>", generations.OneGeneration.as_view()),
     *telemetry.urlpatterns,
     path("presets", presets.Presets.as_view()),
     path("presets/<str:name>", presets.OnePreset.as_view()),
@@ -31,6 +33,9 @@ urlpatterns = [
     path("workers", workers.Workers.as_view()),
     path("worker/hello", workers.Hello.as_view()),
     path("worker/claim", workers.ClaimWork.as_view()),
+    path("worker/generations/claim", worker_generations.ClaimGeneration.as_view()),
+    path("worker/generations/<int:generation_id>/heartbeat", worker_generations.Heartbeat.as_view()),
+    path("worker/generations/<int:generation_id>/answer", worker_generations.Answer.as_view()),
     path("projects", projects.Projects.as_view()),
     path("projects/<int:project_id>/members", projects.Members.as_view()),
     path("projects/<int:project_id>/members/<int:user_id>", projects.OneMember.as_view()),

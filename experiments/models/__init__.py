@@ -1,5 +1,6 @@
 """The tables. PostgreSQL is the truth about every run; Valkey holds nothing that cannot be lost."""
 
+from experiments.models.generation import Generation, GenerationState
 from experiments.models.project import Membership, Project, Role
 from experiments.models.run import LIVE, TERMINAL, Checkpoint, Desired, IdempotencyKey, Run, State, Transition
 from experiments.models.telemetry import (
@@ -24,6 +25,8 @@ __all__ = [
     "Checkpoint",
     "Desired",
     "Event",
+    "Generation",
+    "GenerationState",
     "IdempotencyKey",
     "LogChunk",
     "LoginThrottle",

@@ -17,7 +17,7 @@ from moelab.cli import exit_code
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
-MODULES = ("up", "demo", "submit", "ps", "logs", "wait", "control", "clone", "export", "presets", "price", "spool", "worker")
+MODULES = ("up", "demo", "submit", "ps", "logs", "wait", "control", "clone", "generate", "export", "presets", "price", "spool", "worker")
 
 EPILOG = """\
 examples:
