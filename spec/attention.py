@@ -61,6 +61,8 @@ class GroupedQueryAttention(Part):
     def _heads_divide(self) -> Self:
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_kv_heads {self.n_kv_heads} does not divide n_heads {self.n_heads}")
+        if self.temperature_floor and not self.nope_every:
+            raise ValueError("temperature_floor is for layers without rotary positions: set nope_every")
         return self
 
     def window_at(self, layer: int) -> int | None:
@@ -131,6 +133,12 @@ class Llama3Scaling(Part):
     high_freq_factor: float = field(4.0, "Above this many turns in the trained length a frequency is high.", gt=0, le=1000)
     trained_len: int = field(8192, "Context that the model was trained at.", ge=1, le=10_000_000, unit="tokens")
 
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(f"high_freq_factor {self.high_freq_factor} must be > low_freq_factor {self.low_freq_factor}")
+        return self
+
 
 class YarnScaling(Part):
     """NTK-by-parts interpolation with a correction of the attention's temperature (Peng 2023)."""
@@ -144,6 +152,12 @@ class YarnScaling(Part):
     mscale: float = field(0.0, "DeepSeek's factor on queries and keys; 0 means YaRN's own 0.1 ln(factor) + 1.", ge=0, le=100)
     mscale_all_dim: float = field(0.0, "DeepSeek's factor on the attention's scale; 0 means none.", ge=0, le=100)
 
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.beta_fast <= self.beta_slow:
+            raise ValueError(f"beta_fast {self.beta_fast} must be > beta_slow {self.beta_slow}")
+        return self
+
 
 class LongRopeScaling(Part):
     """A divisor for every frequency, from a search (Ding 2024; Phi-3.5-MoE)."""
@@ -155,6 +169,17 @@ class LongRopeScaling(Part):
     long_mscale: float = field(0.0, "Factor on cosines and sines beyond it; 0 means the formula's.", ge=0, le=100)
     trained_len: int = field(4096, "Context that the model was trained at.", ge=1, le=10_000_000, unit="tokens")
     max_len: int = field(131_072, "Longest context.", ge=1, le=10_000_000, unit="tokens")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if len(self.short_factor) != len(self.long_factor):
+            raise ValueError(f"long_factor has {len(self.long_factor)} numbers, short_factor {len(self.short_factor)}")
+        for name in ("short_factor", "long_factor"):
+            if min(getattr(self, name)) <= 0:
+                raise ValueError(f"{name} must be positive throughout")
+        if self.trained_len < 2:
+            raise ValueError(f"trained_len {self.trained_len} must be > 1: its logarithm is divided by")
+        return self
 
 
 RopeScaling = Annotated[LinearScaling | Llama3Scaling | YarnScaling | LongRopeScaling, Field(discriminator="kind")]

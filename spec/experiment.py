@@ -40,6 +40,8 @@ class ExperimentSpec(Part):
             raise ValueError(f"parallel.expert {self.parallel.expert} needs a model with MoE layers")
         if self.model.moe is not None and self.model.moe.n_experts % self.parallel.expert:
             raise ValueError(f"parallel.expert {self.parallel.expert} does not divide model.moe.n_experts {self.model.moe.n_experts}")
+        if self.data.seq_len <= self.model.mtp_depth:
+            raise ValueError(f"data.seq_len {self.data.seq_len} must be > model.mtp_depth {self.model.mtp_depth}")
         micro = self.training.batch_size // self.training.grad_accumulation
         if micro % self.parallel.world_size:
             raise ValueError(f"parallel.expert x parallel.data = {self.parallel.world_size} ranks do not divide a micro-batch of {micro} sequences")

@@ -47,6 +47,8 @@ class Model(Part):
                 raise ValueError(f"attention.head_dim {self.head_dim} is odd; rotary positions need pairs")
         if attention.kind == "lightning" and self.encoder_layers:
             raise ValueError("attention.kind lightning is for decoder-only models: encoder_layers must be 0")
+        if self.rope_scaling is not None:
+            self._rope_fits(self.rope_scaling)
         if self.norm_bias and self.norm != "layernorm":
             raise ValueError("norm_bias is for norm layernorm")
         if self.moe is not None and not self.moe_layers():
@@ -54,6 +56,13 @@ class Model(Part):
                 f"moe.first_k_dense {self.moe.first_k_dense} and moe.every {self.moe.every} leave no MoE layer among n_layers {self.n_layers}"
             )
         return self
+
+    def _rope_fits(self, scaling: RopeScaling) -> None:
+        if self.position != "rope":
+            raise ValueError(f"rope_scaling is for position rope, not {self.position}")
+        width = self.attention.qk_rope_head_dim if self.attention.kind == "mla" else self.head_dim
+        if scaling.kind == "longrope" and len(scaling.short_factor) != width // 2:
+            raise ValueError(f"rope_scaling.short_factor has {len(scaling.short_factor)} numbers; {width} rotated dimensions need {width // 2}")
 
     @property
     def head_dim(self) -> int:

@@ -22,6 +22,7 @@ from moe.routing import RoutingStats
 from moe.train import telemetry
 from moe.train.batches import Batches
 from moe.train.clock import PhaseClock
+from moe.train.hash_tables import fill_tables
 from moe.train.optimizer import AdamW
 from moe.train.ranks import Ranks
 from moe.train.schedule import learning_rate
@@ -51,6 +52,7 @@ class Learner:
             raise SpecRefused("model.vocab_size", f"{spec.model.vocab_size} is less than the {batches.vocabulary.size} tokens of {where}")
         torch.manual_seed(spec.seed)
         self.model = build_model(spec.model, recompute=spec.training.activation_recompute).to(ranks.device)
+        fill_tables(self.model, batches.domains, spec.seed)
         self.model.train()
         self.parameters = list(self.model.parameters())
         self.optimizer = AdamW(self.model, spec.optimizer)
@@ -71,31 +73,31 @@ class Learner:
         """Makes optimiser step `step`. `wishes`, asked at its end: whether this rank wants to stop, and to save; the figures tell all ranks."""
         started = time.perf_counter()
         rate = learning_rate(self.spec.optimizer, step, self.spec.training.steps)
-        lm_loss, balance_loss, grad_norm, stats = self.learn(step, rate)
-        parts = telemetry.step_parts(lm_loss, balance_loss, grad_norm, stats, self.model.expert_bias(), wishes())
+        lm_loss, balance_loss, grad_norm, stats, mtp_loss = self.learn(step, rate)
+        parts = telemetry.step_parts(lm_loss, balance_loss, grad_norm, stats, self.model.expert_bias(), wishes(), mtp_loss)
         host = self.ranks.gather(telemetry.pack(parts)).cpu().numpy()
         figures = telemetry.Step.over_ranks(telemetry.unpack(host, parts))
         if stats is not None:
             self._update_balance(stats, figures)
         return Lesson(step, figures, rate, time.perf_counter() - started, self._phases())
 
-    def learn(self, step: int, rate: float) -> tuple[Tensor, Tensor, Tensor, RoutingStats | None]:
-        """The step itself; this rank's mean losses, the gradient norm and the routing statistics, all on the device."""
+    def learn(self, step: int, rate: float) -> tuple[Tensor, Tensor, Tensor, RoutingStats | None, Tensor | None]:
+        """The step itself; this rank's mean losses, the gradient norm, the routing statistics and the extra predictions' loss, on the device."""
         self._clock.start()
-        lm_loss, balance_loss, stats = self._forward_backward(step)
+        lm_loss, balance_loss, stats, mtp_loss = self._forward_backward(step)
         self.ranks.average_gradients(self.parameters)
         self._clock.mark("reduce")
         grad_norm = self.optimizer.clip(self.spec.optimizer.grad_clip)
         self.optimizer.step(rate)
         self.optimizer.zero_grad()
         self._clock.mark("optimizer")
-        return lm_loss, balance_loss, grad_norm, stats
+        return lm_loss, balance_loss, grad_norm, stats, mtp_loss
 
-    def _forward_backward(self, step: int) -> tuple[Tensor, Tensor, RoutingStats | None]:
+    def _forward_backward(self, step: int) -> tuple[Tensor, Tensor, RoutingStats | None, Tensor | None]:
         """Leaves the gradients of the step's mean loss; returns mean losses and statistics of its micro-batches, detached."""
         micros = self.spec.training.grad_accumulation
         torch.manual_seed(_noise_seed(self.spec.seed, step, self.ranks.rank))
-        lm_losses, balance_losses, stats = [], [], []
+        lm_losses, balance_losses, stats, mtp_losses = [], [], [], []
         for micro in range(micros):
             batch = self.batches.micro_batch(step, micro, micros, self.ranks.rank, self.ranks.size)
             tokens_BS, targets_BS = (tensor.to(self.ranks.device) for tensor in batch)
@@ -103,13 +105,18 @@ class Learner:
             with self.autocast():
                 output = self.model(tokens_BS, targets_BS, self.batches.documents(tokens_BS))
             self._clock.mark("forward")
-            ((output.lm_loss + output.balance_loss) / micros).backward()
+            loss = output.lm_loss + output.balance_loss
+            if output.mtp_loss is not None:
+                loss = loss + output.mtp_loss
+                mtp_losses.append(output.mtp_loss.detach())
+            (loss / micros).backward()
             self._clock.mark("backward")
             lm_losses.append(output.lm_loss.detach())
             balance_losses.append(output.balance_loss.detach())
             if output.stats is not None:
                 stats.append(output.stats)
-        return torch.stack(lm_losses).mean(), torch.stack(balance_losses).mean(), RoutingStats.merged(stats) if stats else None
+        merged, ahead = RoutingStats.merged(stats) if stats else None, torch.stack(mtp_losses).mean() if mtp_losses else None
+        return torch.stack(lm_losses).mean(), torch.stack(balance_losses).mean(), merged, ahead
 
     def _update_balance(self, stats: RoutingStats, figures: telemetry.Step) -> None:
         """The loss-free biases follow the counts of all ranks."""

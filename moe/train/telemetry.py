@@ -42,10 +42,18 @@ def unpack(rows: NDArray[np.int32], parts: Mapping[str, Tensor]) -> dict[str, ND
 
 
 def step_parts(
-    lm_loss: Tensor, balance_loss: Tensor, grad_norm: Tensor, stats: RoutingStats | None, bias_LE: Tensor | None, flags: Sequence[bool]
+    lm_loss: Tensor,
+    balance_loss: Tensor,
+    grad_norm: Tensor,
+    stats: RoutingStats | None,
+    bias_LE: Tensor | None,
+    flags: Sequence[bool],
+    mtp_loss: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """What a rank contributes to its step's report. `flags`: whether it was asked to stop, and to save."""
+    """What a rank contributes to its step's report. `flags`: whether it was asked to stop, and to save. `mtp_loss` is weighted."""
     parts = {"lm_loss": lm_loss, "balance_loss": balance_loss, "grad_norm": grad_norm}
+    if mtp_loss is not None:
+        parts["mtp_loss"] = mtp_loss
     if any(flags):
         parts["flags"] = torch.tensor(flags, dtype=torch.int32).to(lm_loss.device)
     else:
@@ -81,11 +89,12 @@ class Step:
     entropy_L: NDArray[np.float32] | None = None
     bias_LE: NDArray[np.float32] | None = None
     max_logit: float = math.nan
+    mtp_loss: float | None = None  # weighted; where the model predicts further ahead
 
     @property
     def loss(self) -> float:
-        """What was minimised: cross-entropy and weighted balancing terms."""
-        return self.lm_loss + self.balance_loss
+        """What was minimised: cross-entropy, weighted balancing terms and the weighted loss of the extra predictions."""
+        return self.lm_loss + self.balance_loss + (self.mtp_loss or 0.0)
 
     @classmethod
     def over_ranks(cls, host: Host) -> Step:
@@ -97,6 +106,7 @@ class Step:
             grad_norm=float(host["grad_norm"][0]),
             stop=bool(flags[0]),
             save=bool(flags[1]),
+            mtp_loss=float(host["mtp_loss"].mean(dtype=np.float64)) if "mtp_loss" in host else None,
         )
         if "expert_tokens" not in host:
             return common
@@ -122,12 +132,17 @@ def max_vio(tokens_LE: NDArray[Any]) -> NDArray[np.float64]:
 class Reporter:
     """Turns a Step into the scalars and tensors of a StepDone."""
 
-    def __init__(self, terms: Sequence[tuple[str, float]], *, sparse: bool, cuda: bool, router_prob: bool) -> None:
-        """`terms`: name and coefficient of each balancing term that has a loss, in the order of the statistics."""
+    def __init__(self, terms: Sequence[tuple[str, float]], *, sparse: bool, cuda: bool, router_prob: bool, mtp_weight: float | None = None) -> None:
+        """`terms`: name and coefficient of each balancing term that has a loss, in the order of the statistics.
+
+        `mtp_weight`: what the extra predictions' loss is weighted by, where there are any; the scalar `mtp_loss` is without it.
+        """
+        self._mtp_weight = mtp_weight
         self._coefficients_N = np.array([coefficient for _, coefficient in terms], np.float64)
         self._router_prob = router_prob
         self._cuda = cuda
-        names = ["loss", "lm_loss", *(f"balance/{name}" for name, _ in terms), "grad_norm", "lr", "tokens_per_s", "step_ms"]
+        ahead = ["mtp_loss"] if mtp_weight is not None else []
+        names = ["loss", "lm_loss", *(f"balance/{name}" for name, _ in terms), *ahead, "grad_norm", "lr", "tokens_per_s", "step_ms"]
         self.names = [*names, *(ROUTER_SCALARS if sparse else ()), *(("memory_bytes",) if cuda else ())]
 
     def scalars(self, step: Step, lr: float, tokens: int, seconds: float) -> NDArray[np.float32]:
@@ -135,6 +150,8 @@ class Reporter:
         values = [step.loss, step.lm_loss]
         if step.balance_LN is not None:
             values += (self._coefficients_N * step.balance_LN.sum(axis=0, dtype=np.float64)).tolist()
+        if self._mtp_weight is not None:
+            values.append(math.nan if step.mtp_loss is None else step.mtp_loss / self._mtp_weight)
         values += [step.grad_norm, lr, tokens / seconds, 1000 * seconds]
         if step.tokens_LE is not None and step.dropped_LE is not None and step.entropy_L is not None:
             total_LE = step.tokens_LE.astype(np.float64)
