@@ -23,6 +23,8 @@ def model_problems(model: Model) -> Iterator[Problem]:
         yield _priced_only("/model/encoder_layers", "an encoder-decoder")
     if model.position == "t5_relative":
         yield _priced_only("/model/position", "T5's relative positions")
+    if model.attention.kind == "lightning":
+        yield _priced_only("/model/attention/kind", "lightning attention")
     if model.moe is None and model.attention.kind == "gqa" and model.attention.experts is not None:
         yield _priced_only("/model/attention/experts", "routing among attention projections in a model without MoE layers")
     if model.moe is not None:
