@@ -75,7 +75,7 @@ class Router(Part):
     jitter: float = field(
         0.0,
         "In training the router's input is multiplied by U(1-e, 1+e) (Switch: 0.01). sparsemixer: how near the best an expert must be "
-        "to share the softmax (Phi-3.5-MoE: 0.01), always.",
+        "to share the softmax (Phi-3.5-MoE: 0.01), always; at 0 none does, and its gates, all 1, teach it nothing.",
         ge=0,
         lt=1,
     )
@@ -113,8 +113,8 @@ class Router(Part):
                 raise ValueError(f"top_groups limits routers that take the k highest scores; {self.kind} chooses otherwise")
             if self.random_share:
                 raise ValueError(f"random_share goes with routers that take the k highest scores; {self.kind} chooses otherwise")
-        if not self.traits.learned and (self.scorer != "linear" or self.bias):
-            raise ValueError(f"{self.kind} scores nothing: scorer and bias do not apply")
+        if not self.traits.learned and (self.scorer != "linear" or self.bias or self.jitter):
+            raise ValueError(f"{self.kind} scores nothing: scorer, bias and jitter do not apply")
         return self
 
 
