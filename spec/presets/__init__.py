@@ -36,6 +36,7 @@ class Published(BaseModel):
     active_convention: Literal["with_embeddings", "without_input_embedding", "without_embeddings"] | None = Field(
         None, description="The field of the price's active_params that gives the printed figure."
     )
+    difference: str = Field("", description="Why a printed figure is not the one that is counted here, to the parameter where it is known.")
 
 
 class Description(BaseModel):

@@ -30,6 +30,9 @@ EXACT = {
     "phi-3.5-moe": (41_873_153_344, 6_640_999_744),
     # The recomputed figure leaves out what the published table does not describe: 129 norms of 8192 and 32 x 128 relative positions.
     "glam-64b-64e": (1_161_755_099_136 + 129 * 8192 + 32 * 128, 96_603_209_728 + 129 * 8192 + 32 * 128),
+    "minimax-text-01": (456_089_655_296, 48_403_306_496),
+    # The recomputed figure has no norms: 92 of 1024.
+    "gshard-600b": (619_366_318_080 + 92 * 1024, None),
     "switch-c": (1_571_375_798_688, None),
     "switch-xxl": (394_675_073_024, None),
     "st-moe-32b": (269_104_551_936, None),
@@ -39,8 +42,14 @@ OTHERWISE_COUNTED = {
     "grok-1": 314_879_514_624,  # without the embedding
     "llama-4-scout": 109_000_000_000,  # with the vision tower
     "minicpm-moe-8x2b": 14_000_000_000,
+    "gshard-600b": 600_000_000_000,  # the paper rounds its models to one digit
 }
 FULL = [name for name in presets.names() if presets.describe(name).size == "full"]
+# Of each system that the methods name: what trains here.
+SYSTEMS = (
+    "shazeer gshard switch switch-xxl hash base s-base rl-r glam st-moe deepspeed-moe moduleformer jetmoe mixtral dbrx grok-1 deepseek-moe deepseek-v2 "
+    "deepseek-v3 qwen1.5-moe qwen3 minicpm-moe olmoe minimax llama-4 phi-3.5-moe gpt-oss expert-choice random all-experts dense collapse"
+).split()
 NANO = [name for name in presets.names() if presets.describe(name).size == "nano"]
 
 
@@ -66,10 +75,17 @@ def test_total_and_active_are_exact(name: str) -> None:
         ("gpt-oss-20b", "without_input_embedding", 3_608_307_264),
         ("gpt-oss-120b", "without_input_embedding", 5_132_849_472),
         ("minicpm-moe-8x2b", "without_embeddings", 4_035_320_064),
+        ("minimax-text-01", "without_embeddings", 45_944_920_064),
     ],
 )
 def test_the_other_conventions_of_active_are_exact(name: str, convention: str, active: int) -> None:
     assert getattr(price(presets.load(name)).active_params, convention) == active
+
+
+def test_the_block_that_predicts_further_ahead_is_exact_and_in_no_total() -> None:
+    cost = price(presets.load("deepseek-v3"))
+    assert cost.mtp_params == cost.by_part["mtp"] == 11_610_067_968
+    assert cost.bytes.checkpoint == 12 * (cost.total_params + cost.mtp_params)
 
 
 def printed(text: str) -> tuple[float, float]:
@@ -86,6 +102,8 @@ def test_what_the_source_prints_is_what_is_counted(name: str) -> None:
     assert published is not None
     low, high = printed(published.total.removesuffix(" class"))
     assert low <= OTHERWISE_COUNTED.get(name, cost.total_params) <= high
+    if name in OTHERWISE_COUNTED:
+        assert published.difference
     if published.active is not None:
         assert published.active_convention is not None
         low, high = printed(published.active)
@@ -105,6 +123,18 @@ def test_nano_presets_can_be_trained_here(name: str) -> None:
     assert spec.name == name
     assert problems(spec) == [] and check_size(spec, max_params=2e7) == []
     assert spec.training.steps * spec.training.batch_size * spec.data.seq_len <= 300 * 8 * 256
+
+
+def test_every_system_has_a_small_one() -> None:
+    assert set(NANO) == {f"nano-{system}" for system in SYSTEMS}
+
+
+@pytest.mark.parametrize("name", NANO)
+def test_nano_presets_are_of_a_size(name: str) -> None:
+    cost, about = price(presets.load(name)), presets.describe(name)
+    assert about.title.startswith("Nano ") and about.about.endswith(".")
+    assert 0.9e6 < cost.total_params < 7e6
+    assert cost.flops_per_token.training < 13e6
 
 
 def test_the_dense_baseline_costs_what_nano_mixtral_costs_beside_its_routers() -> None:
