@@ -1,6 +1,6 @@
 """Telemetry: what a run says about itself, as events in the past tense.
 
-Every event is one `spec.block`: the header holds the fields and `"event"`, its name; only StepDone carries arrays.
+Every event is one `spec.block`: the header holds the fields and `"event"`, its name; StepDone and SpecialisationCounted carry arrays.
 The trainer (or `moelab.Recorder`) writes them to a `spec.spool`; the supervisor ships them; the server stores them.
 """
 
@@ -123,6 +123,7 @@ class EvalDone(_Event):
     loss: float = Field(description="Mean cross-entropy in nats per token, over all domains.")
     by_domain: dict[Storable, float] = Field(default_factory=dict)
     max_vio_global: float | None = Field(None, description="MaxVio over the validation set, mean over MoE layers (Wang 2024).")
+    bits_per_byte: float | None = Field(None, description="The loss in bits per byte of text, which does not depend on the tokenizer.")
 
 
 class SpikeDetected(_Event):
@@ -178,8 +179,33 @@ class StepDone:
     event: ClassVar[str] = "step_done"
 
 
+@dataclass(frozen=True)
+class SpecialisationCounted:
+    """What each expert took of a validation's text (OLMoE, eq. 7), after `step`.
+
+    `class_tokens` uint32[layer, expert, class] and `domain_tokens` uint32[layer, expert, domain] count the tokens that each expert ran on;
+    `classes` and `domains` name the last axes and say how many tokens there were of each.
+    """
+
+    step: int
+    at: float
+    classes: Mapping[str, int]
+    domains: Mapping[str, int]
+    class_tokens: Array
+    domain_tokens: Array
+    event: ClassVar[str] = "specialisation_counted"
+
+
+class _SpecialisationHeader(_Event):
+    event: Literal["specialisation_counted"]
+    step: Step
+    at: Time
+    classes: dict[Annotated[Storable, Field(max_length=200)], Size] = Field(min_length=1, max_length=100)
+    domains: dict[Annotated[Storable, Field(max_length=16_000)], Size] = Field(min_length=1, max_length=1000)
+
+
 _Closed = RunStarted | MetricsDeclared | EvalDone | SpikeDetected | CheckpointSaved | RunEnded
-Event = _Closed | StepDone
+Event = _Closed | StepDone | SpecialisationCounted
 _CLOSED: TypeAdapter[_Closed] = TypeAdapter(Annotated[_Closed, Field(discriminator="event")])
 
 
@@ -188,6 +214,9 @@ def encode(event: Event) -> bytes:
     if isinstance(event, StepDone):
         header = {"event": event.event, "step": event.step, "at": event.at}
         return block.encode(header, {"scalars": event.scalars, **event.tensors})
+    if isinstance(event, SpecialisationCounted):
+        header = {"event": event.event, "step": event.step, "at": event.at, "classes": dict(event.classes), "domains": dict(event.domains)}
+        return block.encode(header, {"class_tokens": event.class_tokens, "domain_tokens": event.domain_tokens})
     return block.encode(event.model_dump(), {})
 
 
@@ -197,6 +226,8 @@ def decode(data: bytes | memoryview) -> Event:
         header, arrays = block.decode(data)
         if header.get("event") == StepDone.event:
             return _step_done(header, arrays)
+        if header.get("event") == SpecialisationCounted.event:
+            return _specialisation(header, arrays)
         return _CLOSED.validate_python(header)
     except KeyError as error:
         raise EventError(f"incomplete event: {error} is missing") from error
@@ -216,3 +247,12 @@ def _step_done(header: dict[str, Any], arrays: dict[str, Array]) -> StepDone:
         if kind is None or array.ndim != len(kind.axes) or array.dtype.name != kind.dtype:
             raise EventError(f"step {step}: tensor {name} is unknown, or not {kind and kind.dtype}{kind and list(kind.axes)}")
     return StepDone(step=step, at=float(at), scalars=scalars, tensors=arrays)
+
+
+def _specialisation(header: dict[str, Any], arrays: dict[str, Array]) -> SpecialisationCounted:
+    told = _SpecialisationHeader.model_validate(header)
+    by_class, by_domain = arrays["class_tokens"], arrays["domain_tokens"]
+    for name, array, last in (("class_tokens", by_class, len(told.classes)), ("domain_tokens", by_domain, len(told.domains))):
+        if array.dtype != np.uint32 or array.ndim != 3 or not array.size or array.shape[2] != last or array.shape[:2] != by_class.shape[:2]:
+            raise EventError(f"step {told.step}: {name} must be uint32[layer, expert, {last}] with a layer and an expert at least")
+    return SpecialisationCounted(told.step, told.at, told.classes, told.domains, by_class, by_domain)

@@ -121,6 +121,24 @@ class Event(models.Model):
         return f"{self.kind} of run {self.run_id}"
 
 
+class Specialisation(models.Model):
+    """What each expert took of the text of one validation.
+
+    `classes` and `domains` are lists of [name, tokens]; the payloads are uint32[*shape, class] and uint32[*shape, domain].
+    """
+
+    pk = models.CompositePrimaryKey("run_id", "attempt", "step")
+    run = _run()
+    attempt = models.IntegerField()
+    step = models.IntegerField()
+    at = models.DateTimeField()
+    classes = models.JSONField()
+    domains = models.JSONField()
+    shape = ArrayField(models.IntegerField())
+    class_tokens = models.BinaryField()
+    domain_tokens = models.BinaryField()
+
+
 class SpoolCursor(models.Model):
     """How much of an attempt's spool and log is in the store, and how its scalars map onto the run's names."""
 

@@ -11,6 +11,7 @@ from django.shortcuts import render
 from experiments.access import Principal, roles_include, visible_runs
 from experiments.api.resources import run_json
 from experiments.models import Role, Run
+from experiments.pages import specialisation
 from experiments.pages.gate import page
 from spec.diff import diff
 from spec.experiment import ExperimentSpec
@@ -20,7 +21,7 @@ from spec.yaml_text import dump
 @page
 def detail(request: HttpRequest, principal: Principal, run_id: int) -> HttpResponse:
     """The page."""
-    run = _run(principal, run_id)
+    run = run_of(principal, run_id)
     shown = run_json(run)
     context = {
         "run": shown,
@@ -35,11 +36,13 @@ def detail(request: HttpRequest, principal: Principal, run_id: int) -> HttpRespo
 @page
 def panel(request: HttpRequest, principal: Principal, run_id: int, panel: str) -> HttpResponse:
     """A tab of the page, fetched when it is opened."""
-    run = _run(principal, run_id)
+    run = run_of(principal, run_id)
     if panel == "timeline":
         return render(request, "pages/_timeline.html", {"transitions": run.transitions.order_by("-id")})
     if panel == "checkpoints":
         return render(request, "pages/_checkpoints.html", {"checkpoints": run.checkpoints.order_by("-step", "-attempt")})
+    if panel == "specialisation":
+        return render(request, "pages/_specialisation.html", specialisation.context(request, run))
     if panel == "spec":
         return render(request, "pages/_spec.html", _spec_context(principal, run))
     raise Http404
@@ -68,7 +71,8 @@ def _spec_context(principal: Principal, run: Run) -> dict[str, Any]:
     }
 
 
-def _run(principal: Principal, run_id: int) -> Run:
+def run_of(principal: Principal, run_id: int) -> Run:
+    """The run, if it exists for this reader. Raises Http404."""
     run = visible_runs(principal).select_related("project", "owner", "worker").filter(pk=run_id).first()
     if run is None:
         raise Http404

@@ -13,7 +13,15 @@ from spec import events
 from spec.events import EventError, StepDone
 
 Array = NDArray[Any]
-ClosedEvent = events.RunStarted | events.MetricsDeclared | events.EvalDone | events.SpikeDetected | events.CheckpointSaved | events.RunEnded
+ClosedEvent = (
+    events.RunStarted
+    | events.MetricsDeclared
+    | events.EvalDone
+    | events.SpikeDetected
+    | events.CheckpointSaved
+    | events.RunEnded
+    | events.SpecialisationCounted
+)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from django.db import connection, transaction
 
 from experiments.models import LIVE, TERMINAL
 from experiments.models.telemetry import Event
-from experiments.telemetry import batch, copy, payload, rollup, rows
+from experiments.telemetry import batch, copy, payload, rollup, rows, specialisation
 from experiments.telemetry.archive import archive_after
 from experiments.telemetry.batch import Steps
 from spec import events
@@ -27,6 +27,7 @@ from spec.events import TENSORS, EventError
 __all__ = ["FencedError", "OutOfOrderError", "Stored", "archive_after", "as_json", "ingest", "lock"]
 
 MAX_METRICS = 1000
+_Kept = events.RunStarted | events.EvalDone | events.SpikeDetected | events.CheckpointSaved | events.RunEnded
 
 
 class FencedError(Exception):
@@ -226,6 +227,9 @@ class _Frame:
         if isinstance(event, events.MetricsDeclared):
             self._declare(event.names)
             return
+        if isinstance(event, events.SpecialisationCounted):
+            specialisation.keep(run.pk, attempt, event)
+            return
         # The engine's modules import this package.
         from experiments.actions import attempt as engine
 
@@ -265,7 +269,7 @@ class _Frame:
             self.stored.rewound_to = last if self.stored.rewound_to is None else min(last, self.stored.rewound_to)
             run.last_step = last
 
-    def _keep(self, seq: int, event: batch.ClosedEvent) -> None:
+    def _keep(self, seq: int, event: _Kept) -> None:
         body = event.model_dump(exclude={"event", "step", "at"})
         kept = Event(
             run_id=self.run.pk,

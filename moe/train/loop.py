@@ -59,6 +59,7 @@ class Training:
             sparse=spec.model.moe is not None,
             cuda=self.ranks.device.type == "cuda",
             router_prob=spec.telemetry.router_prob,
+            mtp_weight=spec.model.mtp_weight if spec.model.mtp_depth else None,
         )
         self._spikes = SpikeDetector(spec.telemetry.spike_window, spec.telemetry.spike_threshold)
         self._vio_memory: deque[list[float]] = deque(maxlen=ROUTER_MEMORY_STEPS)
@@ -128,6 +129,7 @@ class Training:
             ranks=self.ranks,
             autocast=self.learner.autocast,
             interrupted=lambda: self.requests.stop,
+            specialisation=self.spec.telemetry.specialisation,
         )
         if result is None:
             return False
@@ -135,8 +137,18 @@ class Training:
             raise NotFinite(f"step {step}: the validation loss is {result.loss}")
         self.position.validated_step, self.position.validation_loss = step, result.loss
         self._journal.record(
-            events.EvalDone(step=step, at=time.time(), loss=result.loss, by_domain=result.by_domain, max_vio_global=result.max_vio_global)
+            events.EvalDone(
+                step=step,
+                at=time.time(),
+                loss=result.loss,
+                by_domain=result.by_domain,
+                max_vio_global=result.max_vio_global,
+                bits_per_byte=result.bits_per_byte,
+            )
         )
+        if found := result.specialisation:
+            counts = (found.classes, found.domains, found.class_tokens, found.domain_tokens)
+            self._journal.record(events.SpecialisationCounted(step, time.time(), *counts))
         domains = "  ".join(f"{name} {loss:.3f}" for name, loss in result.by_domain.items())
         self._journal.say(f"validation after step {step}: loss {result.loss:.4f}  ({domains})")
         return True

@@ -12,6 +12,7 @@ from pathlib import Path
 from moe.train import datasets_text, user_text
 from moe.train.stop import SpecRefused
 from spec.data import Data
+from spec.text import storable_text
 
 Documents = Iterable[tuple[str, str]]
 
@@ -45,7 +46,7 @@ def sources(data: Data) -> Iterator[Source]:
         try:
             root = Path(text).expanduser().resolve()
             allow(root, text, where)
-            name = root.stem or str(root)
+            name = str(storable_text(root.stem or str(root)))
             while name in names:
                 name = f"{name}-{index}"
             names.add(name)

@@ -20,7 +20,7 @@ def parquet(path: Path, name: str, text_field: str, where: str) -> Iterator[tupl
         with pq.ParquetFile(path, memory_map=True) as file:
             _check(file.schema_arrow, path, text_field)
             yield from _rows(file.iter_batches(_ROWS, columns=[text_field]), path, name, text_field)
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
         raise SpecRefused(where, f"{path} is not a whole Parquet file: {str(error)[:300]}") from error
 
 
@@ -32,7 +32,7 @@ def arrow_stream(path: Path, name: str, text_field: str, where: str) -> Iterator
         with pa.memory_map(str(path)) as mapped, pa.ipc.open_stream(mapped) as stream:
             _check(stream.schema, path, text_field)
             yield from _rows((batch.select([text_field]) for batch in stream), path, name, text_field)
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
         raise SpecRefused(where, f"{path} is not a whole Arrow stream: {str(error)[:300]}") from error
 
 

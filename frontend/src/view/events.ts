@@ -55,7 +55,7 @@ const number = (value: unknown): number => (typeof value === "number" ? value : 
 
 const WORDS: Record<string, (body: RunEvent["body"]) => [string, string]> = {
   run_started: (e) => [e.resumed_from_step ? "Resumed" : "Started", e.resumed_from_step ? `from step ${whole(number(e.resumed_from_step))}` : `on ${(e.devices as string[] | undefined)?.join(", ") || "its device"}`],
-  eval_done: (e) => ["Validation", [`loss ${metric(number(e.loss))}`, ...Object.entries((e.by_domain as Record<string, number>) ?? {}).map(([domain, loss]) => `${domain} ${metric(loss)}`)].join(" · ")],
+  eval_done: (e) => ["Validation", [`loss ${metric(number(e.loss))}`, ...(typeof e.bits_per_byte === "number" ? [`${metric(e.bits_per_byte)} bits per byte`] : []), ...Object.entries((e.by_domain as Record<string, number>) ?? {}).map(([domain, loss]) => `${domain} ${metric(loss)}`)].join(" · ")],
   checkpoint_saved: (e) => ["Checkpoint", `${bytes(number(e.size_bytes))} in ${duration(number(e.seconds))}`],
   spike_detected: (e) => ["Loss spike", spikeSummary(e as unknown as Spike)],
   run_ended: (e) => ["Ended", [e.outcome, e.reason, e.detail].filter(Boolean).join(": ")],
