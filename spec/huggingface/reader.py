@@ -36,13 +36,13 @@ class ConfigError(ValueError):
 class Reader:
     """The fields of `config`. Reading marks a field as understood; `finish` refuses the others.
 
-    Typed readers raise ConfigError at once for a value of another type; refusals of values are collected until `finish`.
+    A field that is null says nothing, like one that is missing. Typed readers raise ConfigError at once for a value of another type; refusals of values are collected until `finish`.
     """
 
     def __init__(self, config: Mapping[str, Any], *at: str) -> None:
         self._config = config
         self._at = at
-        self._left = {key for key in config if key not in HARMLESS}
+        self._left = {key for key, value in config.items() if value is not None and key not in HARMLESS}
         self.problems: list[Problem] = []
 
     def __contains__(self, key: str) -> bool:
