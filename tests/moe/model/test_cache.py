@@ -23,6 +23,18 @@ ATTENTIONS: dict[str, dict[str, Any]] = {
     "latent": MLA,
     "latent without query rank": MLA | {"q_lora_rank": 0},
 }
+YARN = {"kind": "yarn", "factor": 4, "trained_len": 16, "mscale": 0.7, "mscale_all_dim": 1.2}
+LONGROPE = {"kind": "longrope", "short_factor": [1, 1.5, 2, 3], "long_factor": [2, 3, 4, 5], "trained_len": 16, "max_len": 64}
+# Fields of the model, and how many of 24 positions the first layer keeps.
+LIMITED: dict[str, tuple[dict[str, Any], int]] = {
+    "window and sinks": ({"attention": GQA | {"sinks": True, "sliding_window": 5, "full_every": 2}}, 4),
+    "window of one": ({"attention": GQA | {"sliding_window": 1, "full_every": 3}}, 0),
+    "chunks": ({"attention": GQA | {"chunk": 7, "nope_every": 2, "temperature_floor": 4, "qk_norm": "l2"}}, 3),
+    "experts": ({"attention": GQA | {"experts": {"n_experts": 5, "top_k": 2}, "qk_norm": "full"}}, 24),
+    "yarn": ({"attention": MLA, "rope_scaling": YARN}, 24),
+    "longrope": ({"attention": GQA, "rope_scaling": LONGROPE}, 24),
+    "extra predictions": ({"attention": GQA, "mtp_depth": 1}, 24),
+}
 
 
 def model(attention: dict[str, Any], **changes: Any) -> Transformer:
@@ -52,6 +64,32 @@ def test_token_by_token_as_all_at_once(name: str, sizes: list[int]) -> None:
         wanted = built(tokens_BS).logits_BSV
     assert wanted is not None and wanted.std() > 1
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [[1] * 24, [9, *[1] * 15], [5, 1, 7, 11]])
+@pytest.mark.parametrize("name", LIMITED)
+def test_layers_that_see_less_keep_less(name: str, sizes: list[int]) -> None:
+    changes, kept = LIMITED[name]
+    built, tokens_BS = model(**changes), tokens(2, 24)
+    cache = built.new_cache(2, length=24)
+    got = in_pieces(built, tokens_BS, sizes, cache)
+    with torch.no_grad():
+        wanted = built(tokens_BS).logits_BSV
+    assert wanted is not None
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=2e-5)
+    assert all(tensor.shape[1] == kept for tensor in cache.layers[0].tensors)
+    # In each case but one the second layer is not limited.
+    assert all(tensor.shape[1] == 24 for tensor in cache.layers[1].tensors) or name == "window of one"
+
+
+@torch.no_grad()
+def test_longrope_needs_the_length_to_cross_the_trained_one() -> None:
+    built = model(GQA, rope_scaling=LONGROPE)
+    cache = built.new_cache(2)
+    built(tokens(2, 16), cache=cache)
+    with pytest.raises(ValueError, match="trained_len 16"):
+        built(tokens(2, 1), cache=cache)
+    built(tokens(2, 17), cache=built.new_cache(2))  # beyond from the start
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
