@@ -31,7 +31,7 @@ def test_every_token_has_k_different_experts_and_a_seed_its_table(vocab_size, n_
     again = tables(vocab_size, n_experts, top_k, seed)
     for name, table_VK in tables(vocab_size, n_experts, top_k, seed).items():
         assert table_VK.shape == (vocab_size, top_k) and table_VK.dtype == torch.int64, name
-        assert 0 <= int(table_VK.min()) and int(table_VK.max()) < n_experts, name
+        assert int(table_VK.min()) >= 0 and int(table_VK.max()) < n_experts, name
         assert all(len(set(row)) == top_k for row in table_VK.tolist()), name
         assert torch.equal(table_VK, again[name]), name
 
