@@ -77,12 +77,12 @@ def operations(device: str, dtype: torch.dtype, kind: str, shape: tuple[int, int
     y_RD[kept:] = float("nan")
     y_TKD = torch.where((expert_TK < n_experts)[:, :, None], y_RD.double()[tiles.row_TK], 0)
     yield "combine", error(combine(y_RD, tiles.row_TK, gate_TK, tiles.end_E[-1:]), (y_TKD * gate_TK.double()[:, :, None]).sum(1)), MOST[dtype]
+    triton, naive = experts_triton.expert_ffn, experts_naive.expert_ffn
     for activation in ("swiglu", "geglu", "relu", "gelu"):
         w_EHD = w_in_EHD if activation in ("swiglu", "geglu") else w_in_EHD[:, :expert_width]
         given = [tensor.detach().requires_grad_() for tensor in (x_TD, w_EHD, w_out_EDF, gate_TK)]
         exact = [tensor.detach().double().requires_grad_() for tensor in given]
-        got = experts_triton.expert_ffn(*given[:3], expert_TK, given[3], activation)
-        ref = experts_naive.expert_ffn(*exact[:3], expert_TK, exact[3], activation)
+        got, ref = (run(x, w_in, w_out, expert_TK, gate, activation) for run, (x, w_in, w_out, gate) in ((triton, given), (naive, exact)))
         yield f"expert_ffn {activation}", error(got, ref), MOST[dtype]
         dy_TD = torch.randn_like(got)
         gradients = torch.autograd.grad(got, given, dy_TD), torch.autograd.grad(ref, exact, dy_TD.double())

@@ -67,6 +67,11 @@ class _Exchange(torch.autograd.Function):
         return _send(gradient, ctx.received, ctx.sent, ctx.group), None, None, None
 
 
+def _exchange(rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
+    exchanged: Tensor = _Exchange.apply(rows, sent, received, group)  # type: ignore[no-untyped-call]
+    return exchanged
+
+
 def _send(rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
     arrived = rows.new_empty(sum(received), *rows.shape[1:])
     dist.all_to_all_single(arrived, rows.contiguous(), received, sent, group)
@@ -87,10 +92,10 @@ def expert_ffn(x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, n_experts: int,
     both_2P = torch.stack((count_E, arriving_E)).view(2, mesh.expert, held).sum(2)
     sent, received = both_2P.tolist()
     slot_N = slot_R[: sum(sent)]
-    rows_MD = _Exchange.apply(x_TD[slot_N // top_k], sent, received, mesh.shards)
+    rows_MD = _exchange(x_TD[slot_N // top_k], sent, received, mesh.shards)
     own_M = torch.arange(held, device=x_TD.device).repeat(mesh.expert).repeat_interleave(arriving_E)
     made_MD = ffn(rows_MD, own_M[:, None], torch.ones(len(own_M), 1, dtype=gate_TK.dtype, device=x_TD.device))
-    back_ND = _Exchange.apply(made_MD, received, sent, mesh.shards)
+    back_ND = _exchange(made_MD, received, sent, mesh.shards)
     # Summed over k in a fixed order: a scatter would add on a GPU in any.
     row_R = torch.full_like(slot_R, len(slot_N)).scatter_(0, slot_N, torch.arange(len(slot_N), device=x_TD.device))
     y_TKD = torch.cat((back_ND, back_ND.new_zeros(1, x_TD.shape[1])))[row_R].unflatten(0, expert_TK.shape)
