@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from spec.data import Data
 from spec.model import Model
 from spec.part import Part, field
+from spec.start import Scratch, Start, Upcycle
 from spec.text import Name
 from spec.training import Optimizer, Parallel, Telemetry, Training
 
@@ -24,6 +25,7 @@ class ExperimentSpec(Part):
     name: Name = Field("untitled", description="What to call it.")
     seed: int = field(0, "Seed of the weights, the data order and the routing noise.", ge=0, le=2**31 - 1)
     model: Model = Model()
+    start: Start = Field(Scratch(), description="Where the first weights come from: drawn anew, or those of a model that exists already.")
     data: Data = Data()
     optimizer: Optimizer = Optimizer()
     training: Training = Training()
@@ -45,4 +47,27 @@ class ExperimentSpec(Part):
         micro = self.training.batch_size // self.training.grad_accumulation
         if micro % self.parallel.world_size:
             raise ValueError(f"parallel.expert x parallel.data = {self.parallel.world_size} ranks do not divide a micro-batch of {micro} sequences")
+        self._start_fits()
+        self._something_is_trained()
         return self
+
+    def _start_fits(self) -> None:
+        start, moe = self.start, self.model.moe
+        if not isinstance(start, Upcycle):
+            return
+        if moe is None:
+            raise ValueError("start.kind upcycle makes MoE layers, but model.moe is null")
+        if moe.n_experts != start.granularity * (start.expand or max(1, moe.n_experts // start.granularity)):
+            copies = "copies" if start.expand is None else f"start.expand {start.expand} copies"
+            raise ValueError(f"start.granularity {start.granularity} slices x {copies} do not make model.moe.n_experts {moe.n_experts}")
+        if moe.combine != "sum":
+            raise ValueError(f"start.kind upcycle needs model.moe.combine sum, not {moe.combine}: the shared experts get a part of the dense layer")
+        if moe.activation not in (None, self.model.activation):
+            raise ValueError(f"start.kind upcycle copies layers with model.activation {self.model.activation} to experts with {moe.activation}")
+
+    def _something_is_trained(self) -> None:
+        train, moe = self.training.train, self.model.moe
+        if moe is None and train != "all":
+            raise ValueError(f"training.train {train} needs a model with MoE layers, but model.moe is null")
+        if moe is not None and train == "only_router" and not moe.router.traits.learned:
+            raise ValueError(f"training.train only_router: model.moe.router.kind {moe.router.kind} has nothing to learn")

@@ -35,6 +35,11 @@ class Training(Part):
     eval_batches: int = field(8, "Batches of one validation, per domain.", ge=1, le=100_000, unit="batches")
     checkpoint_every: int = field(100, "Steps between checkpoints; 0 saves only at the end and on request.", ge=0, le=100_000_000, unit="steps")
     keep_checkpoints: int = field(3, "Newest checkpoints that are kept.", ge=1, le=1000, unit="checkpoints")
+    train: Literal["all", "all_but_moe", "only_moe", "only_router"] = field(
+        "all",
+        "Which parameters are trained; the others stay as the start has them, without gradient and optimiser state (Zoph 2022, section 6). "
+        "only_moe: routers, experts and shared experts.",
+    )
     activation_recompute: bool = field(False, "Recompute each layer's activations in the backward pass to save memory.")
 
     @model_validator(mode="after")
