@@ -34,8 +34,8 @@ class _RmsNorm(torch.autograd.Function):
         x, weight_D, scale = ctx.saved_tensors
         width = x.shape[-1]
         dy = dy.to(x.dtype)
-        product_TD = (x * dy).view(-1, width)
-        dweight_D = torch.mv(product_TD.t(), scale.view(-1))
+        product_TD = (x * dy).reshape(-1, width)
+        dweight_D = torch.mv(product_TD.t(), scale.reshape(-1))
         pull = torch.mv(product_TD, weight_D).view_as(scale).mul_(scale).mul_(scale).div_(width)
         dx = torch.mul(dy, weight_D, out=product_TD.view_as(x))
         return dx.addcmul_(x, pull, value=-1).mul_(scale), dweight_D, None, None

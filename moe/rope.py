@@ -44,6 +44,8 @@ class Rope:
         pairs = x_BSHR.to(torch.promote_types(x_BSHR.dtype, torch.float32)).unflatten(-1, (-1, 2))
         turn = self.turn[: x_BSHR.shape[1]]
         if pairs.device.type == "cpu":
+            if pairs.storage_offset() % 2 or any(stride % 2 for stride in pairs.stride()[:-1]):
+                pairs = pairs.clone(memory_format=torch.contiguous_format)  # beside an odd number of other dimensions no pair is a complex number
             turned = torch.view_as_real(torch.view_as_complex(pairs) * turn)  # one pass over memory
         else:
             (first, second), cos, sin = pairs.unbind(-1), turn.real, turn.imag
