@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from moelab.client import ApiError, Client, ServerUnreachable
 from moelab.home import home
+from spec.text import storable_text
 from workers.linux import die_with_parent
 from workers.ranks import SECRETS
 
@@ -184,7 +185,8 @@ def _outcome(code: int, out: Path, log: Path) -> dict[str, Any]:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     if code < 0:
         return {"outcome": "failed", "reason": "killed", "detail": f"ended by signal {-code}; it may take {TIMEOUT_S:.0f} s at most"}
-    return {"outcome": "failed", "reason": _REASON_OF_CODE.get(code, "error"), "detail": lines[-1][-2000:] if lines else f"exit code {code}"}
+    detail = storable_text(lines[-1][-2000:]) if lines else f"exit code {code}"
+    return {"outcome": "failed", "reason": _REASON_OF_CODE.get(code, "error"), "detail": detail}
 
 
 def _tell(client: Client, offer: Offer, said: Mapping[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from django.urls import path
 
-from experiments.pages import compare, new, preset, run, runs, sign_in, tokens, workers
+from experiments.pages import compare, generate, new, preset, run, runs, sign_in, tokens, workers
 
 urlpatterns = [
     path("", runs.home, name="home"),
@@ -16,6 +16,7 @@ urlpatterns = [
     path("runs/compare", compare.compare, name="compare"),
     path("runs/<int:run_id>", run.detail, name="run"),
     path("runs/<int:run_id>/", run.detail),
+    path("runs/<int:run_id>/generate", generate.generate, name="generate"),
     path("runs/<int:run_id>/row", runs.row, name="run-row"),
     path("runs/<int:run_id>/panel/<str:panel>", run.panel, name="run-panel"),
     path("presets", preset.listing, name="presets"),

@@ -51,6 +51,7 @@ class World:
             "<int:project_id>": self.project.pk,
             "<int:user_id>": 2**40,
             "<int:token_id>": 2**40,
+            "<int:generation_id>": 2**40,
             "<str:name>": "nano-mixtral",
             "<path:name>": "loss",
             "<str:file>": "metrics.csv",

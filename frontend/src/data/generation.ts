@@ -1,0 +1,72 @@
+/** A generation as REST tells it: the text token by token, and which experts took each token in each MoE layer. */
+import { change, getBlock, getJson } from "./api";
+import { decodeSteps } from "./steps";
+
+export interface Written {
+  step: number;
+  prompt_tokens: number;
+  stopped: "length" | "end_of_document";
+  ids: number[];
+  texts: string[];
+  log_probs: (number | null)[];
+  moe_layers: number[];
+  n_experts: number;
+  /** [token][layer][chosen], as `gates`. */
+  experts: number[][][];
+  gates: number[][][];
+  /** [layer][expert]: tokens that the expert took. */
+  usage: number[][];
+  batch_dependent: boolean;
+  notes: string[];
+  seconds: number;
+}
+
+export interface Generation {
+  id: number;
+  run: number;
+  prompt: string;
+  state: "queued" | "running" | "succeeded" | "failed";
+  reason: string;
+  detail: string;
+  step: number | null;
+  worker: string | null;
+  result?: Written | null;
+}
+
+const LOOK_MS = 600;
+/** Steps before the checkpoint whose load the text is compared with. */
+export const TRAINING_STEPS = 20;
+
+export const isPending = (generation: Generation): boolean => generation.state === "queued" || generation.state === "running";
+
+export const ask = (run: number, wanted: Record<string, unknown>): Promise<Generation> => change<Generation>("POST", `/runs/${run}/generations`, wanted, { "Idempotency-Key": crypto.randomUUID() });
+
+/** Looks until the generation has ended, and tells of each look. */
+export async function follow(run: number, id: number, tell: (generation: Generation) => void, signal: AbortSignal): Promise<void> {
+  for (;;) {
+    const generation = await getJson<Generation>(`/runs/${run}/generations/${id}`, signal);
+    tell(generation);
+    if (!isPending(generation)) return;
+    await new Promise((resolve) => setTimeout(resolve, document.hidden ? 5 * LOOK_MS : LOOK_MS));
+    if (signal.aborted) return;
+  }
+}
+
+/** Tokens of each [layer, expert] over the last steps of training up to `step`; null where nothing was recorded. */
+export async function trainingLoad(run: number, step: number, cells: number): Promise<Float64Array | null> {
+  const from = Math.max(1, step - TRAINING_STEPS + 1);
+  const counts = decodeSteps(await getBlock(`/runs/${run}/steps?from=${from}&to=${step}&points=2000&scalars=&tensors=expert_tokens`)).tensors.expert_tokens;
+  if (!counts || counts.data.length < cells || counts.data.length % cells) return null;
+  const sums = new Float64Array(cells);
+  for (let i = 0; i < counts.data.length; i++) sums[i % cells] += counts.data[i];
+  return sums;
+}
+
+/** A token's text as one can see it: white space gets a sign before it. */
+export function visible(text: string): string {
+  if (text === "") return "·";
+  return text.replaceAll("\n", "↵\n").replaceAll("\t", "⇥\t");
+}
+
+/** The hue of an expert, in degrees: neighbours are far apart (the golden angle). */
+export const hueOf = (expert: number): number => Math.round((expert * 137.508 + 25) % 360);
