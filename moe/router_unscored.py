@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe import hashing
+from moe.hashing import balanced_table, clustered_table, random_table
 from moe.router import Router
 from moe.routing import Decision
 from spec import routing
@@ -52,17 +52,17 @@ class HashRouter(UnscoredRouter):
 
     def __init__(self, spec: routing.Router, n_experts: int, top_k: int, vocab_size: int) -> None:
         super().__init__(spec, n_experts, top_k)
-        self.register_buffer("table_VK", hashing.random_table(vocab_size, n_experts, top_k))
+        self.register_buffer("table_VK", random_table(vocab_size, n_experts, top_k))
 
     @torch.no_grad()
     def fill(self, frequency_V: Tensor, vector_VW: Tensor | None, seed: int) -> None:
         """Fill the table from int64[V] occurrences and (clustered) float[V, W] vectors of neighbours, both on the CPU."""
         if self.spec.hash == "balanced":
-            self.table_VK.copy_(hashing.balanced_table(frequency_V, self.n_experts, self.top_k, seed))
+            self.table_VK.copy_(balanced_table(frequency_V, self.n_experts, self.top_k, seed))
         elif self.spec.hash == "clustered":
             if vector_VW is None:
                 raise ValueError("hash clustered needs vectors of the tokens' neighbours")
-            self.table_VK.copy_(hashing.clustered_table(vector_VW, self.n_experts, self.top_k, seed))
+            self.table_VK.copy_(clustered_table(vector_VW, self.n_experts, self.top_k, seed))
 
     def choose(self, tokens_T: Tensor) -> Tensor:
         """The tokens' rows of the table."""
