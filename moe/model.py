@@ -64,7 +64,8 @@ class Transformer(nn.Module):
         self.norm = build_norm(spec, spec.final_norm_eps)
         self.head = None if spec.tie_embeddings else nn.Parameter(torch.empty(spec.vocab_size, spec.d_model))
         self.head_bias = nn.Parameter(torch.empty(spec.vocab_size)) if spec.lm_head_bias else None
-        self.mtp = nn.ModuleList(MtpModule(spec) for _ in range(spec.mtp_depth))
+        with torch.random.fork_rng(devices=[]):  # modules draw when they are made; the other weights stay what they are without these
+            self.mtp = nn.ModuleList(MtpModule(spec) for _ in range(spec.mtp_depth))
         initialise(self)
 
     def forward(self, tokens_BS: Tensor, targets_BS: Tensor | None = None, document_BS: Tensor | None = None, cache: KvCache | None = None) -> Output:
