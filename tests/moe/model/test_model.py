@@ -49,6 +49,25 @@ VARIANTS: dict[str, dict] = {
             "capacity": {"kind": "factor", "factor": 1.0, "eval_factor": 0.5, "drop": "probability"},
         },
     },
+    "gpt-oss": {
+        "attention": {
+            "kind": "gqa", "n_heads": 4, "n_kv_heads": 2, "bias": True, "output_bias": True, "sinks": True, "sliding_window": 5, "full_every": 2,
+        },
+        "rope_scaling": {"kind": "yarn", "factor": 4, "trained_len": 16, "truncate": False}, "moe": MOE,
+    },
+    "llama 4": {
+        "attention": {"kind": "gqa", "n_heads": 4, "n_kv_heads": 2, "qk_norm": "l2", "chunk": 7, "nope_every": 2, "temperature_floor": 4},
+        "rope_scaling": {"kind": "llama3", "trained_len": 16}, "moe": MOE | {"every": 2},
+    },
+    "jetmoe": {
+        "attention": {"kind": "gqa", "n_heads": 4, "n_kv_heads": 2, "output_bias": True, "experts": {"n_experts": 5, "top_k": 2}},
+        "moe": MOE | {"balance": ALL_TERMS},
+    },
+    "grok, clipped": {
+        "attention": {"kind": "gqa", "n_heads": 4, "n_kv_heads": 2, "clip_qkv": 0.5}, "sandwich_norm": True,
+        "rope_scaling": {"kind": "linear", "factor": 2}, "moe": MOE,
+    },
+    "ahead": {"mtp_depth": 1, "moe": MOE, "tie_embeddings": False},
 }  # fmt: skip
 
 
@@ -69,7 +88,7 @@ def batch(n_sequences: int = 3, length: int = 20, seed: int = 1) -> tuple[Tensor
 
 def loss(output: Output) -> Tensor:
     assert output.lm_loss is not None
-    return output.lm_loss + output.balance_loss
+    return output.lm_loss + output.balance_loss + (0.0 if output.mtp_loss is None else output.mtp_loss)
 
 
 def stats_of(output: Output) -> RoutingStats:
@@ -82,7 +101,8 @@ def test_parameters_are_as_many_as_the_accountant_counts(name):
     experiment_spec = ExperimentSpec(model=spec(name))
     with torch.device("meta"):
         built = build_model(experiment_spec.model)
-    assert sum(p.numel() for p in built.parameters()) == price(experiment_spec).total_params
+    cost = price(experiment_spec)
+    assert sum(p.numel() for p in built.parameters()) == cost.total_params + cost.mtp_params
 
 
 @pytest.mark.parametrize("name", [name for name in names() if not problems(load(name))])
@@ -91,7 +111,8 @@ def test_published_sizes_are_built_as_counted(name):
     shrunk = preset.model_copy(update={"model": preset.model.model_copy(update={"n_layers": min(preset.model.n_layers, 6)})})
     with torch.device("meta"):
         built = build_model(shrunk.model)
-    assert sum(p.numel() for p in built.parameters()) == price(shrunk).total_params
+    cost = price(shrunk)
+    assert sum(p.numel() for p in built.parameters()) == cost.total_params + cost.mtp_params
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -125,14 +146,16 @@ def test_statistics_add_up(name):
         n_layers, n_tokens = len(built.moe_layers), tokens.numel()
         assert stats.expert_tokens_LE.shape == stats.dropped_LE.shape == stats.router_prob_LE.shape == (n_layers, moe.n_experts)
         assert stats.expert_tokens_LE.dtype == stats.dropped_LE.dtype == torch.int64
-        assert (stats.expert_tokens_LE.sum(1) == n_tokens * moe.top_k).all()
+        seen_L = torch.tensor([n_tokens - len(tokens) * max(0, layer + 1 - built.spec.n_layers) for layer in built.moe_layers])
+        assert torch.equal(stats.expert_tokens_LE.sum(1), seen_L * moe.top_k)
         assert (stats.dropped_LE >= 0).all() and (stats.dropped_LE <= stats.expert_tokens_LE).all()
         torch.testing.assert_close(stats.router_prob_LE.sum(1), torch.ones(n_layers))
         assert stats.balance_loss_LT.shape == (n_layers, len(built.balance_terms))
         assert ((stats.router_entropy_L >= 0) & (stats.router_entropy_L <= torch.log(torch.tensor(moe.n_experts)) + 1e-5)).all()
         assert not any(t.requires_grad for t in (*vars(stats).values(), *stats.figures.values()) if isinstance(t, Tensor))
         weights = torch.tensor([term.coefficient for term in moe.balance if term.kind != "loss_free_bias"])
-        torch.testing.assert_close(output.balance_loss.detach(), (stats.balance_loss_LT * weights).sum())
+        of_attention = stats.figures.get("moa_balance", torch.tensor(0.0))
+        torch.testing.assert_close(output.balance_loss.detach(), (stats.balance_loss_LT * weights).sum() + of_attention)
 
 
 def test_capacity_drops_are_counted_and_tighter_in_evaluation():
