@@ -66,6 +66,7 @@ ROUTES: Mapping[str, Mapping[str, Need]] = {
     f"{_RUN}/generations": {"GET": VIEW, "POST": EDIT},
     f"{_RUN}/generations/<int:generation_id>": {"GET": VIEW},
     "api/v1/price": {"POST": USER},
+    "api/v1/import-config": {"POST": USER},
     "api/v1/presets": {"GET": USER},
     "api/v1/presets/<str:name>": {"GET": USER},
     "api/v1/schema": {"GET": USER},

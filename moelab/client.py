@@ -81,6 +81,10 @@ class Client:
         """Parameters, FLOPs and bytes of a spec, which need not be trainable here."""
         return self._post("/price", _described(spec, preset, overrides))
 
+    def import_config(self, config: Mapping[str, Any]) -> Json:
+        """{family, spec, price, problems} of a published model's config.json; an ApiError of status 422 names the fields at fault."""
+        return self._post("/import-config", dict(config))
+
     def submit(
         self,
         spec: Mapping[str, Any] | None = None,

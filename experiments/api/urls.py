@@ -4,7 +4,22 @@ from __future__ import annotations
 
 from django.urls import path, re_path
 
-from experiments.api import account, generations, history, presets, projects, run, runs, schema, telemetry, tokens, verbs, worker_generations, workers
+from experiments.api import (
+    account,
+    generations,
+    history,
+    import_config,
+    presets,
+    projects,
+    run,
+    runs,
+    schema,
+    telemetry,
+    tokens,
+    verbs,
+    worker_generations,
+    workers,
+)
 from experiments.pages import docs
 
 urlpatterns = [
@@ -28,6 +43,7 @@ urlpatterns = [
     path("presets", presets.Presets.as_view()),
     path("presets/<str:name>", presets.OnePreset.as_view()),
     path("price", presets.PriceOf.as_view()),
+    path("import-config", import_config.ImportConfig.as_view()),
     path("schema", schema.OpenApi.as_view()),
     path("schema/spec", presets.SpecSchema.as_view()),
     path("workers", workers.Workers.as_view()),

@@ -47,7 +47,7 @@ def joined(
 ) -> Iterator[tuple[str, Tensor]]:
     """Our tensors one after the other, each as soon as it is made; `report` is filled on the way. Raises WeightsError."""
     table = table_of(spec, config, prefix=PREFIX if any(name.startswith(PREFIX) for name in source.names) else "")
-    _check_covered(table, shapes)
+    check_covered(table, shapes)
     chosen = [(row, _option(row, source)) for row in table.rows]
     _check_left(table, chosen, source, spec, report)
     for row, option in chosen:
@@ -74,10 +74,11 @@ def _check_same(ours: Model, theirs: Model) -> None:
         raise WeightsError(f"the spec does not compute what the configuration says: {told}")
 
 
-def _check_covered(table: Table, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def check_covered(table: Table, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises WeightsError unless the table names exactly our tensors; those of multi-token prediction have no counterpart."""
     named = {row.ours for row in table.rows if row.ours}
     lacking, unknown = sorted(set(shapes) - named), sorted(named - set(shapes))
-    lacking = [name for name in lacking if not name.startswith("mtp.")]
+    lacking = [name for name in lacking if not name.startswith("mtp.")]  # they keep their initial weights, and do not touch the logits
     if lacking or unknown:
         told = [*(f"{name} has no counterpart" for name in lacking), *(f"{name} is not in this model" for name in unknown)]
         raise WeightsError("the family's table does not fit the model: " + "; ".join(told[:5]))

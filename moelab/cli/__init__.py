@@ -17,7 +17,23 @@ from moelab.cli import exit_code
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
-MODULES = ("up", "demo", "submit", "ps", "logs", "wait", "control", "clone", "generate", "export", "presets", "price", "spool", "worker")
+MODULES = (
+    "up",
+    "demo",
+    "submit",
+    "ps",
+    "logs",
+    "wait",
+    "control",
+    "clone",
+    "generate",
+    "export",
+    "presets",
+    "price",
+    "huggingface",
+    "spool",
+    "worker",
+)
 
 EPILOG = """\
 examples:

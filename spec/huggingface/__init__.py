@@ -1,6 +1,7 @@
 """Hugging Face's config.json and the spec, both ways. No torch and no transformers: plain data to plain data.
 
     model_of(config)       the spec's model of a config.json
+    experiment_of(config)  an experiment with that model
     config_of(model)       the family that can say what the model computes, and its config.json
     family_of(config)      which family a config.json is
 
@@ -15,6 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from spec.diff import diff
+from spec.experiment import ExperimentSpec
 from spec.huggingface.dbrx import DBRX
 from spec.huggingface.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from spec.huggingface.evaluated import evaluated
@@ -28,9 +30,10 @@ from spec.huggingface.olmoe import OLMOE
 from spec.huggingface.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
 from spec.huggingface.reader import ConfigError, Reader
 from spec.model import Model
-from spec.problems import Problem, pointer
+from spec.problems import Problem, from_validation_error, pointer
+from spec.text import storable_text
 
-__all__ = ["FAMILIES", "ConfigError", "Family", "config_of", "family_of", "model_of"]
+__all__ = ["FAMILIES", "ConfigError", "Family", "config_of", "experiment_of", "family_of", "model_of"]
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -73,6 +76,26 @@ def model_of(config: Mapping[str, Any]) -> Model:
         return Model.model_validate(plain)
     except ValidationError as error:
         raise ConfigError([Problem("", _told(item)) for item in error.errors(include_url=False)]) from error
+
+
+def experiment_of(config: Mapping[str, Any], name: str = "", tokenizer: str | None = None) -> ExperimentSpec:
+    """An experiment with the model that a config.json describes; the rest has defaults. `tokenizer` is the path of its tokenizer.json.
+
+    Raises ConfigError, also where the vocabulary has no room for byte tokens and there is no tokenizer.
+    """
+    model = model_of(config)
+    plain: dict[str, Any] = {"model": model.model_dump(mode="json"), "name": storable_name(name) or str(config["model_type"])}
+    if tokenizer:
+        plain["data"] = {"tokenizer": "file", "tokenizer_path": tokenizer}
+    try:
+        return ExperimentSpec.model_validate(plain)
+    except ValidationError as error:
+        raise ConfigError([Problem("", str(problem)) for problem in from_validation_error(error)]) from error
+
+
+def storable_name(name: str) -> str:
+    """`name` as a run may be called; empty where nothing of it can be shown."""
+    return " ".join(str(storable_text(name)).split())[:200]
 
 
 def _told(item: Any) -> str:

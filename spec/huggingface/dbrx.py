@@ -71,7 +71,7 @@ def _read(config: Reader) -> Plain:
     config.must_be("hidden_size", d_model, d_model, "it is d_model")
     heads = _read_attention(config, attention)
     return {
-        "n_layers": config.integer("n_layers"),
+        "n_layers": config.layers("n_layers"),
         "d_model": d_model,
         "vocab_size": config.integer("vocab_size"),
         "tie_embeddings": False,

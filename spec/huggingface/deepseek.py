@@ -129,14 +129,13 @@ def _read_v3(config: Reader) -> Plain:
     config.must_be("topk_method", "noaux_tc", "noaux_tc", "the family selects by score plus bias")
     config.must_be("norm_topk_prob", True, True, "the spec's sigmoid router always divides the gates by their sum")
     config.flag("rope_interleave", True)  # only the order of rows on the disk
-    depth = config.integer("num_nextn_predict_layers", config.integer("num_mtp_layers", 0))
-    config.value("num_mtp_layers")
+    for key in ("num_nextn_predict_layers", "num_mtp_layers"):
+        config.value(key)  # their extra block reads the stream after the last norm, ours before: weights and depth do not carry over
     aux = config.number("router_aux_loss_coef", 0.0)
     return {
         **trunk,
         "attention": _read_attention(config),
         "d_ff": config.integer("intermediate_size"),
-        "mtp_depth": depth,
         "moe": {
             **_read_experts(config, trunk["n_layers"], 1, 3),
             "router": {
@@ -156,7 +155,7 @@ def _write_v3(model: Model, max_len: int) -> Plain:
         **_write_experts(model),
         "norm_topk_prob": True,
         "rope_interleave": True,
-        "num_nextn_predict_layers": model.mtp_depth,
+        "num_nextn_predict_layers": 0,
     }
 
 

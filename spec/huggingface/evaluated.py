@@ -13,7 +13,7 @@ Plain = dict[str, Any]
 
 def evaluated(model: Model) -> Plain:
     """Plain data, equal for two models that compute the same in evaluation from the same weights; keys are the spec's own fields."""
-    found = model.model_dump(mode="json", exclude={"dropout", "init_std", "mtp_weight", "moe", "attention", "activation", "d_ff"})
+    found = model.model_dump(mode="json", exclude={"dropout", "init_std", "mtp_depth", "mtp_weight", "moe", "attention", "activation", "d_ff"})
     found["attention"] = _attention(model)
     found["final_norm_eps"] = model.final_norm_eps or model.norm_eps
     dense = len(model.moe_layers()) < model.n_layers

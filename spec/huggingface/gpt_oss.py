@@ -29,8 +29,8 @@ def _read(config: Reader) -> Plain:
     bias = config.flag("attention_bias", True)
     window = config.integer("sliding_window", 128)
     n_layers = trunk["n_layers"]
-    types = config.value("layer_types") or ["full_attention" if index % 2 else "sliding_attention" for index in range(n_layers)]
-    every = full_every(config, "layer_types", types, "sliding_attention")
+    types = config.text_list("layer_types", ["full_attention" if index % 2 else "sliding_attention" for index in range(n_layers)])
+    every = full_every(config, "layer_types", types, "sliding_attention", n_layers)
     return {
         **trunk,
         "activation": "swiglu_clamped",

@@ -27,7 +27,7 @@ def _read(config: Reader) -> Plain:
     config.must_be("head_dim", head_dim, head_dim, "it is kv_channels")
     config.value("glu")
     return {
-        "n_layers": config.integer("num_hidden_layers"),
+        "n_layers": config.layers(),
         "d_model": config.integer("hidden_size"),
         "vocab_size": config.integer("vocab_size"),
         "tie_embeddings": config.flag("tie_word_embeddings", True),

@@ -19,7 +19,7 @@ def _read(config: Reader) -> Plain:
     config.value("for_llm_compressor")  # how a quantiser wants the module built
     heads = {"head_dim": 128, **read_heads(config, kv_heads=8)}
     step, n_layers = config.integer("interleave_moe_layer_step", 1), trunk["n_layers"]
-    sparse = config.value("moe_layers") or list(range(max(step, 1) - 1, n_layers, max(step, 1)))
+    sparse = config.whole_list("moe_layers", range(max(step, 1) - 1, n_layers, max(step, 1)))
     width = config.integer("intermediate_size")
     return {
         **trunk,
@@ -46,14 +46,14 @@ def _read(config: Reader) -> Plain:
 def _positions(config: Reader, n_layers: int) -> Plain:
     """Which layers have rotary positions, their chunks, and the temperature of the others."""
     interval = config.integer("no_rope_layer_interval", 4)
-    turns = config.value("no_rope_layers") or [int(bool(interval) and (index + 1) % interval != 0) for index in range(n_layers)]
+    turns = config.whole_list("no_rope_layers", [int(not interval or (index + 1) % interval != 0) for index in range(n_layers)])
     bare = [index for index, turn in enumerate(turns[:n_layers]) if not turn]
     every = bare[0] + 1 if bare else 0
     if bare and bare != list(range(every - 1, n_layers, every)):
         config.refuse("no_rope_layers", f"layers {bare} have no rotary positions, which is not every n-th")
     chunk = config.value("attention_chunk_size")
-    types = config.value("layer_types") or ["full_attention" if index in bare else "chunked_attention" for index in range(n_layers)]
-    chunked = ["full_attention" if index in bare else "chunked_attention" for index in range(n_layers)]
+    chunked = ["chunked_attention" if turn else "full_attention" for turn in turns[:n_layers]]
+    types = config.text_list("layer_types", chunked)
     if types != chunked and not (chunk is None and set(types) == {"full_attention"}):
         config.refuse("layer_types", "chunks go with rotary positions")
     config.must_be("attn_scale", 0.1, 0.1, "the spec's temperature has this strength")

@@ -30,10 +30,11 @@ def _read_dense(config: Reader, n_layers: int) -> Plain:
     window = config.integer("sliding_window", 4096) if config.flag("use_sliding_window", False) else None
     config.value("sliding_window")
     first = config.integer("max_window_layers", 28)
-    types = config.value("layer_types") or ["sliding_attention" if window and index >= first else "full_attention" for index in range(n_layers)]
+    usual = ["sliding_attention" if window and index >= first else "full_attention" for index in range(n_layers)]
+    types = config.text_list("layer_types", usual)
     if window is None:
         return {}
-    every = full_every(config, "max_window_layers", types, "sliding_attention")
+    every = full_every(config, "max_window_layers", types, "sliding_attention", n_layers)
     return {} if every is None else {"sliding_window": window, "full_every": every}
 
 
@@ -79,7 +80,7 @@ def _write_qwen3(model: Model, max_len: int) -> Plain:
 
 
 def _read_experts(config: Reader, n_layers: int, n_experts: int, top_k: int) -> Plain:
-    step, dense = config.integer("decoder_sparse_step", 1), config.value("mlp_only_layers", [])
+    step, dense = config.integer("decoder_sparse_step", 1), set(config.whole_list("mlp_only_layers", []))
     sparse = [index for index in range(n_layers) if index not in dense and step and (index + 1) % step == 0]
     return {
         **read_sparse_layers(config, "decoder_sparse_step" if step != 1 else "mlp_only_layers", sparse, n_layers),
@@ -112,11 +113,11 @@ def _read_qwen2_moe(config: Reader) -> Plain:
     trunk = read_trunk(config, eps=1e-6)
     n_layers = trunk["n_layers"]
     window, first = config.integer("sliding_window", 4096), config.integer("max_window_layers", 28)
-    types = config.value("layer_types")
+    usual = ["sliding_attention" if index % 2 == 0 and index < first else "full_attention" for index in range(n_layers)]
+    types = config.text_list("layer_types", usual)
     windows: Plain = {}
     if config.flag("use_sliding_window", False):
-        types = types or ["sliding_attention" if index % 2 == 0 and index < first else "full_attention" for index in range(n_layers)]
-        every = full_every(config, "max_window_layers", types, "sliding_attention")
+        every = full_every(config, "max_window_layers", types, "sliding_attention", n_layers)
         windows = {} if every is None else {"sliding_window": window, "full_every": every}
     shared = config.integer("shared_expert_intermediate_size", 5632)
     router = {"kind": "softmax_topk", "renormalise": config.flag("norm_topk_prob", False)}

@@ -23,6 +23,8 @@ HARMLESS = frozenset(
     """.split()  # noqa: SIM905  (a list of 70 literals reads worse)
 )
 _REQUIRED = object()
+MOST = 10**15
+MOST_LAYERS = 10_000
 
 
 class ConfigError(ValueError):
@@ -36,7 +38,8 @@ class ConfigError(ValueError):
 class Reader:
     """The fields of `config`. Reading marks a field as understood; `finish` refuses the others.
 
-    A field that is null says nothing, like one that is missing. Typed readers raise ConfigError at once for a value of another type; refusals of values are collected until `finish`.
+    A field that is null says nothing, like one that is missing. Typed readers raise ConfigError at once for a value of another type;
+    refusals of values are collected until `finish`.
     """
 
     def __init__(self, config: Mapping[str, Any], *at: str) -> None:
@@ -55,17 +58,17 @@ class Reader:
         return default if found is None else found
 
     def integer(self, key: str, default: Any = _REQUIRED) -> int:
-        """A whole number that is not negative."""
-        found = self._typed(key, default, int, "a whole number")
-        if isinstance(found, int) and found < 0:
-            raise self.error(key, f"should be at least 0, not {found}")
-        return int(found)
+        """A whole number from 0 to MOST."""
+        found = int(self._typed(key, default, int, "a whole number"))
+        if not 0 <= found <= MOST:
+            raise self.error(key, f"should be from 0 to {MOST:,}")
+        return found
 
     def number(self, key: str, default: Any = _REQUIRED) -> float:
-        """A finite number."""
+        """A number from 0 to MOST."""
         found = self._typed(key, default, (int, float), "a number")
-        if not abs(found) <= 1e300:
-            raise self.error(key, "should be a finite number")
+        if not 0 <= found <= MOST:
+            raise self.error(key, f"should be from 0 to {MOST:,}")
         return float(found)
 
     def flag(self, key: str, default: bool) -> bool:
@@ -75,6 +78,31 @@ class Reader:
     def text(self, key: str, default: str) -> str:
         """A text."""
         return str(self._typed(key, default, str, "a text"))
+
+    def layers(self, key: str = "num_hidden_layers") -> int:
+        """How many layers; bounded, because what differs from layer to layer is written out."""
+        found = self.integer(key)
+        if found > MOST_LAYERS:
+            raise self.error(key, f"should be at most {MOST_LAYERS:,}, not {found}")
+        return found
+
+    def whole_list(self, key: str, default: Sequence[int]) -> list[int]:
+        """A list of whole numbers; `default` where it is missing, null or empty."""
+        found = self.value(key)
+        if not found:
+            return list(default)
+        if not isinstance(found, list) or not all(isinstance(item, int) for item in found):
+            raise self.error(key, "should be a list of whole numbers")
+        return found
+
+    def text_list(self, key: str, default: Sequence[str]) -> list[str]:
+        """A list of texts; `default` where it is missing, null or empty."""
+        found = self.value(key)
+        if not found:
+            return list(default)
+        if not isinstance(found, list) or not all(isinstance(item, str) for item in found):
+            raise self.error(key, "should be a list of texts")
+        return found
 
     def part(self, key: str) -> Reader:
         """The mapping at `key`, as a reader of its own; empty where it is missing. Its `finish` is the caller's."""

@@ -18,7 +18,7 @@ def read_rope(config: Reader, theta: float, *, deepseek: bool = False, default: 
     `deepseek` families also scale the attention by mscale_all_dim; in others that field has no such effect.
     """
     top_theta = config.number("rope_theta", theta)
-    trained = config.value("original_max_position_embeddings") or config.value("max_position_embeddings")
+    trained = config.value("original_max_position_embeddings", config.value("max_position_embeddings"))
     scaling = config.part("rope_scaling")
     parameters = config.part("rope_parameters")
     given = parameters if "rope_type" in parameters or "rope_theta" in parameters else scaling

@@ -24,7 +24,7 @@ def read_trunk(config: Reader, *, eps: float, theta: float = 10_000.0, deepseek:
         config.refuse("hidden_act", f"{act!r} is not among {', '.join(ACTIVATIONS)}, whose gated form the spec has")
     config.must_be_off("attention_dropout", "the spec has no dropout inside attention")
     return {
-        "n_layers": config.integer("num_hidden_layers"),
+        "n_layers": config.layers(),
         "d_model": config.integer("hidden_size"),
         "vocab_size": config.integer("vocab_size"),
         "tie_embeddings": config.flag("tie_word_embeddings", False),
@@ -76,29 +76,36 @@ def grouped(model: Model) -> GroupedQueryAttention:
     return model.attention if isinstance(model.attention, GroupedQueryAttention) else GroupedQueryAttention()
 
 
-def full_every(config: Reader, key: str, types: Sequence[Any], windowed: str) -> int | None:
+def full_every(config: Reader, key: str, types: Sequence[str], windowed: str, n_layers: int) -> int | None:
     """`full_every` of a pattern of layer types; None where no layer is windowed. Refuses patterns that the spec cannot say."""
-    unknown = set(map(str, types)) - {windowed, "full_attention"}
-    if unknown:
-        config.refuse(key, f"{', '.join(sorted(unknown))}: not among {windowed}, full_attention")
+    unknown = set(types) - {windowed, "full_attention"}
+    if unknown or len(types) != n_layers:
+        told = f"{', '.join(sorted(unknown))}: not among {windowed}, full_attention" if unknown else f"{len(types)} types for {n_layers} layers"
+        config.refuse(key, told)
         return None
     full = [index for index, name in enumerate(types) if name == "full_attention"]
     if len(full) == len(types):
         return None
     every = full[0] + 1 if full else ALWAYS_WINDOWED
     if full != list(range(every - 1, len(types), every)):
-        config.refuse(key, f"layers {full} attend to all tokens, which is not every n-th")
+        config.refuse(key, f"layers {_few(full)} attend to all tokens, which is not every n-th")
     return every
 
 
 def read_sparse_layers(config: Reader, key: str, sparse: Sequence[int], n_layers: int) -> Plain:
     """`first_k_dense` and `every` for the MoE layers `sparse`. Refuses what is not every n-th layer from some layer on."""
-    for every in range(1, n_layers + 1):
-        first = sparse[0] - every + 1 if sparse else -1
-        if first >= 0 and list(sparse) == list(range(sparse[0], n_layers, every)):
+    if sparse:
+        # A single MoE layer is the last that any step reaches: the longest step that leaves dense layers before it.
+        every = sparse[1] - sparse[0] if len(sparse) > 1 else max(sparse[0] + 1, 1)
+        first = sparse[0] - every + 1
+        if every > 0 and first >= 0 and list(sparse) == list(range(sparse[0], n_layers, every)):
             return {"first_k_dense": first, "every": every}
-    config.refuse(key, f"MoE layers {list(sparse)} of {n_layers} are not every n-th layer after some dense ones")
+    config.refuse(key, f"MoE layers {_few(sparse)} of {n_layers} are not every n-th layer after some dense ones")
     return {}
+
+
+def _few(numbers: Sequence[int]) -> str:
+    return f"{list(numbers[:8])}" if len(numbers) <= 8 else f"{list(numbers[:8])} and {len(numbers) - 8} more"
 
 
 def balance(coefficient: float, *more: Plain) -> list[Plain]:
