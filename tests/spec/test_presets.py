@@ -46,10 +46,11 @@ OTHERWISE_COUNTED = {
 }
 FULL = [name for name in presets.names() if presets.describe(name).size == "full"]
 # Of each system that the methods name: what trains here.
-SYSTEMS = (
-    "shazeer gshard switch switch-xxl hash base s-base rl-r glam st-moe deepspeed-moe moduleformer jetmoe mixtral dbrx grok-1 deepseek-moe deepseek-v2 "
-    "deepseek-v3 qwen1.5-moe qwen3 minicpm-moe olmoe minimax llama-4 phi-3.5-moe gpt-oss expert-choice random all-experts dense collapse"
-).split()
+SYSTEMS = {
+    *("shazeer", "gshard", "switch", "switch-xxl", "hash", "base", "s-base", "rl-r", "glam", "st-moe", "deepspeed-moe", "moduleformer", "jetmoe"),
+    *("mixtral", "dbrx", "grok-1", "deepseek-moe", "deepseek-v2", "deepseek-v3", "qwen1.5-moe", "qwen3", "minicpm-moe", "olmoe", "minimax"),
+    *("llama-4", "phi-3.5-moe", "gpt-oss", "expert-choice", "random", "all-experts", "dense", "collapse"),
+}
 NANO = [name for name in presets.names() if presets.describe(name).size == "nano"]
 
 
