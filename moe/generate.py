@@ -108,7 +108,7 @@ def _answer(options: argparse.Namespace, prompt: str) -> dict[str, Any]:
     spec = read_spec(options.spec or str(options.run_dir / "spec.json"))
     ranks.set_threads(spec.parallel)
     step, model = load(options.run_dir, spec, options.step)
-    vocabulary = _vocabulary(spec)
+    vocabulary = _vocabulary(spec, options.run_dir)
     sampling = Sampling(options.tokens, options.temperature, options.top_p, options.top_k, options.seed)
     ids = vocabulary.encode([prompt])[0].tolist() or [vocabulary.separator]
     torch.manual_seed(sampling.seed)  # for routers that draw
@@ -144,10 +144,14 @@ def load(run_dir: Path, spec: ExperimentSpec, step: int | None) -> tuple[int, Tr
     return wanted[0], model.eval().to(torch.device(os.environ.get("MOELAB_DEVICE", "cpu")))
 
 
-def _vocabulary(spec: ExperimentSpec) -> Vocabulary:
+def _vocabulary(spec: ExperimentSpec, run_dir: Path) -> Vocabulary:
+    """The run's own, where it has kept one; the text that byte pairs were learnt from may be gone."""
     from moe.train.corpus import vocabulary_of
     from moe.train.sources import sources
+    from moe.train.vocabulary import KEPT, FromFile
 
+    if spec.data.tokenizer != "byte" and (run_dir / KEPT).is_file():
+        return FromFile(run_dir / KEPT, spec.data.separator)
     home = Path(os.environ.get("MOELAB_HOME") or PROJECT / "var")
     return vocabulary_of(spec.data, home, list(sources(spec.data)) if spec.data.tokenizer == "bpe" else [])
 

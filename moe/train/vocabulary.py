@@ -16,7 +16,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from moe.train.stop import SpecRefused
+
 SEPARATOR = 256
+KEPT = "tokenizer.json"  # in the directory of a run
 # What published tokenizers call the token at the end of a text, the commonest first.
 _ENDS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|end▁of▁sentence|>", "<｜end▁of▁sentence｜>", "<|return|>", "<|eos|>", "[SEP]")
 
@@ -77,7 +80,7 @@ class FromFile:
         """Raises TokenizerError, or OSError where `path` cannot be read."""
         from tokenizers import Tokenizer  # a run on bytes does without
 
-        data = path.read_bytes()
+        self.data = data = path.read_bytes()
         try:
             self._tokenizer = Tokenizer.from_str(data.decode())
         except Exception as error:  # the library raises plain Exception
@@ -118,6 +121,23 @@ class FromFile:
             if token not in special:
                 table[token] = text.encode() if token in added else spell(text)
         return table
+
+
+def keep(vocabulary: Vocabulary, run: Path, *, first_rank: bool) -> None:
+    """Puts the tokenizer.json beside the checkpoints of the directory `run`, so that they can be read when the corpus is gone.
+
+    Raises SpecRefused where there are checkpoints that were made with another one, whose tokens mean something else.
+    """
+    if not isinstance(vocabulary, FromFile):
+        return
+    path = run / KEPT
+    if path.is_file() and path.read_bytes() != vocabulary.data and any((run / "checkpoints").glob("step-*")):
+        raise SpecRefused("data.tokenizer", f"is not the one of the checkpoints in {run}: the text it was learnt from, or its file, has changed")
+    if first_rank:
+        run.mkdir(parents=True, exist_ok=True)
+        work = path.with_name(f".{KEPT}")
+        work.write_bytes(vocabulary.data)
+        work.replace(path)
 
 
 def _gpt2_alphabet() -> dict[str, int]:

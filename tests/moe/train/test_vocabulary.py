@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from moe.train import bpe, corpus
 from moe.train.stop import SpecRefused
-from moe.train.vocabulary import BYTES, FromFile, Vocabulary
+from moe.train.vocabulary import BYTES, KEPT, FromFile, Vocabulary, keep
 from spec.data import Data
 from tests.moe.train.tiny import Run, tiny
 
@@ -181,3 +182,39 @@ def test_the_vocabulary_must_fit_the_model(tmp_path: Path) -> None:
         Run(spec, tmp_path / "run")
     with pytest.raises(ValueError, match=r"model\.vocab_size 264 < 300, which data\.bpe_vocab_size asks for"):
         tiny(data={"tokenizer": "bpe", "bpe_vocab_size": 300})
+
+
+def test_the_tokenizer_is_kept_beside_the_checkpoints(learnt: tuple[Path, Vocabulary], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    keep(BYTES, run, first_rank=True)
+    assert not run.exists()
+    keep(learnt[1], run, first_rank=True)
+    assert FromFile(run / KEPT).identity == learnt[1].identity
+    other = FromFile(sentencepiece(tmp_path / "other.json"))
+    keep(other, run, first_rank=True)  # nothing was trained with the first one
+    assert (run / KEPT).read_bytes() == other.data
+    (run / "checkpoints" / "step-00000001").mkdir(parents=True)
+    keep(other, run, first_rank=True)
+    for first_rank in (True, False):
+        with pytest.raises(SpecRefused, match=r"^data\.tokenizer: is not the one of the checkpoints in .*: the text it was learnt from"):
+            keep(learnt[1], run, first_rank=first_rank)
+
+
+@pytest.mark.slow
+def test_a_run_on_byte_pairs_writes_text_when_its_corpus_is_gone(notes: Path, tmp_path: Path) -> None:
+    text = tmp_path / "notes.jsonl"
+    text.write_bytes(notes.read_bytes())
+    spec = tiny(
+        model={"n_layers": 1, "d_model": 16, "d_ff": 16, "vocab_size": 300, "moe": {"n_experts": 2, "top_k": 1, "d_expert": 16}},
+        data={**data(text).model_dump(exclude={"domains"}), "seq_len": 32, "validation_share": 0.2},
+        training={"steps": 1, "batch_size": 2, "eval_batches": 1},
+    )
+    (tmp_path / "spec.json").write_text(spec.model_dump_json())
+    environment = {**os.environ, "MOELAB_HOME": str(tmp_path / "home"), "MOELAB_DEVICE": "cpu", "MOELAB_THREADS": "1"}
+    run = tmp_path / "run"
+    subprocess.run([sys.executable, "-m", "moe.train", str(tmp_path / "spec.json"), "--out", str(run)], check=True, env=environment)
+    text.unlink()
+    shutil.rmtree(tmp_path / "home")
+    arguments = ["--spec", str(tmp_path / "spec.json"), "--prompt", "the weather <|endoftext|> é", "--tokens", "3"]
+    done = subprocess.run([sys.executable, "-m", "moe.generate", str(run), *arguments], check=True, env=environment, capture_output=True, text=True)
+    assert json.loads(done.stdout.splitlines()[-1])["texts"][0]
