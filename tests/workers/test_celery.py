@@ -49,7 +49,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.asked.append((self.path, body, self.headers["Authorization"]))
-        answer = {"worker": 7} if self.path.endswith("hello") else self.server.waiting.pop(0) if self.server.waiting else None
+        runs = self.server.waiting if self.path.endswith("/worker/claim") else []
+        answer = {"worker": 7} if self.path.endswith("hello") else runs.pop(0) if runs else None
         data = json.dumps(answer).encode() if answer else b""
         self.send_response(200 if answer else 204)
         self.send_header("Content-Length", str(len(data)))

@@ -68,5 +68,5 @@ export function visible(text: string): string {
   return text.replaceAll("\n", "↵\n").replaceAll("\t", "⇥\t");
 }
 
-/** The hue of an expert, in degrees: neighbours are far apart (the golden angle). */
-export const hueOf = (expert: number): number => Math.round((expert * 137.508 + 25) % 360);
+/** The hue of one of `experts`, in degrees: evenly spread where they are few, else by the golden angle, which keeps neighbours apart. */
+export const hueOf = (expert: number, experts: number): number => Math.round((expert * (experts <= 16 ? 360 / experts : 137.508) + 25) % 360);

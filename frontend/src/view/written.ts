@@ -41,7 +41,7 @@ export class WrittenText {
     for (const [place, token] of this.tokens.entries()) {
       const experts = written.experts[place][layer] ?? [];
       token.classList.toggle("routed", experts.length > 0);
-      if (experts.length) token.style.setProperty("--hue", String(hueOf(experts[0])));
+      if (experts.length) token.style.setProperty("--hue", String(hueOf(experts[0], written.n_experts)));
       token.setAttribute("aria-label", `token ${place}, ${said(written.texts[place])}${this.spoken(experts)}`);
     }
     this.show(this.chosen);
@@ -85,7 +85,7 @@ export class WrittenText {
     if (!written || place < 0) return;
     const logProb = written.log_probs[place];
     setText(byId("token-title"), said(written.texts[place]));
-    const drawn = logProb === null ? "" : ` · log-prob ${metric(logProb)} (${percent(Math.exp(logProb))})`;
+    const drawn = logProb === null ? "" : ` · log-prob ${metric(logProb)} (${logProb < Math.log(0.0005) ? "below 0.1 %" : percent(Math.exp(logProb))})`;
     setText(byId("token-figures"), `token ${place} · id ${written.ids[place]}${drawn}`);
     byId("token-layers").replaceChildren(...written.moe_layers.map((layer, row) => this.layerRow(place, layer, row)));
   }
@@ -96,7 +96,7 @@ export class WrittenText {
     const gates = written!.gates[place][row];
     const chips = experts.map((expert, i) => {
       const chip = el("span", { className: "expert-chip", title: `expert ${expert}, gate ${gates[i]}` }, el("b", {}, expert), ` ${gates[i].toFixed(2)}`);
-      chip.style.setProperty("--hue", String(hueOf(expert)));
+      chip.style.setProperty("--hue", String(hueOf(expert, written!.n_experts)));
       return chip;
     });
     const none = experts.length ? null : el("span", { className: "muted" }, "none: every expert that it chose was full, or none chose it");
