@@ -80,6 +80,7 @@ class RoutingStats:
     router_entropy_L: Tensor  # nats, mean over tokens
     max_logit: Tensor  # largest magnitude of a router logit, scalar
     figures: Mapping[str, Tensor] = field(default_factory=dict)  # float32 scalars, means over layers, by the name that telemetry shows
+    attention_tokens_LE: Tensor | None = None  # of the attention experts of every layer, where there are any
 
     @classmethod
     def stacked(cls, layers: Sequence[LayerStats]) -> RoutingStats:
@@ -93,6 +94,7 @@ class RoutingStats:
         """Over the equally long micro-batches of one optimiser step: counts are summed, means averaged."""
         if len(parts) == 1:
             return parts[0]
+        attention = [part.attention_tokens_LE for part in parts if part.attention_tokens_LE is not None]
         return cls(
             expert_tokens_LE=torch.stack([part.expert_tokens_LE for part in parts]).sum(0),
             dropped_LE=torch.stack([part.dropped_LE for part in parts]).sum(0),
@@ -100,6 +102,7 @@ class RoutingStats:
             balance_loss_LT=torch.stack([part.balance_loss_LT for part in parts]).mean(0),
             router_entropy_L=torch.stack([part.router_entropy_L for part in parts]).mean(0),
             max_logit=torch.stack([part.max_logit for part in parts]).max(),
+            attention_tokens_LE=torch.stack(attention).sum(0) if attention else None,
             figures=mean_figures([part.figures for part in parts]),
         )
 

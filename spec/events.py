@@ -64,6 +64,14 @@ TENSORS: Mapping[str, TensorKind] = {
             "Value of each balancing term (unweighted); terms as in RunStarted.balance_terms.",
         ),
         TensorKind(8, "router_entropy", "float32", ("layer",), "mean", "Mean over tokens of the entropy of the router's distribution, in nats."),
+        TensorKind(
+            9,
+            "attention_tokens",
+            "uint32",
+            ("layer", "attention_expert"),
+            "sum",
+            "Tokens routed to each attention expert; rows are all layers in order, and a row sums to tokens x attention.experts.top_k.",
+        ),
     )
 }
 TENSOR_BY_CODE: Mapping[int, TensorKind] = {kind.code: kind for kind in TENSORS.values()}

@@ -68,6 +68,8 @@ def step_parts(
             "max_logit": stats.max_logit,
             **{f"router/{name}": figure for name, figure in sorted(stats.figures.items())},
         }
+        if stats.attention_tokens_LE is not None:
+            parts["attention_tokens"] = stats.attention_tokens_LE
     if bias_LE is not None:
         parts["expert_bias"] = bias_LE
     return parts
@@ -90,6 +92,7 @@ class Step:
     bias_LE: NDArray[np.float32] | None = None
     max_logit: float = math.nan
     mtp_loss: float | None = None  # weighted; where the model predicts further ahead
+    attention_LE: NDArray[np.uint32] | None = None  # tokens of attention experts
 
     @property
     def loss(self) -> float:
@@ -119,6 +122,7 @@ class Step:
             entropy_L=host["router_entropy"].mean(axis=0, dtype=np.float32),
             bias_LE=host["expert_bias"][0] if "expert_bias" in host else None,
             max_logit=float(host["max_logit"].max()),
+            attention_LE=host["attention_tokens"].sum(axis=0, dtype=np.uint32) if "attention_tokens" in host else None,
         )
 
 
@@ -176,7 +180,7 @@ class Reporter:
         tensors |= {"dropped": step.dropped_LE, "expert_bias": step.bias_LE, "phase_ms": phase_ms}
         if len(self._coefficients_N):
             tensors["balance_loss"] = step.balance_LN
-        tensors["router_entropy"] = step.entropy_L
+        tensors |= {"router_entropy": step.entropy_L, "attention_tokens": step.attention_LE}
         return {name: array for name, array in tensors.items() if array is not None}
 
 

@@ -197,5 +197,6 @@ def test_codes_of_tensors_are_kept_by_the_store_and_never_change() -> None:
         6: "phase_ms",
         7: "balance_loss",
         8: "router_entropy",
+        9: "attention_tokens",
     }
     assert all(kind.dtype in block.DTYPES for kind in TENSORS.values())
