@@ -71,6 +71,7 @@ def _train(options: argparse.Namespace, requests: stop.Requests) -> str:
         else:
             training.resume()
         end = training.run()
+        training.begin(home)
     finally:
         training.close()
     place.leave()

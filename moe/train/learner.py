@@ -22,6 +22,7 @@ from moe.routing import RoutingStats
 from moe.train import telemetry
 from moe.train.batches import Batches
 from moe.train.clock import PhaseClock
+from moe.train.freeze import freeze
 from moe.train.hash_tables import fill_tables
 from moe.train.optimizer import AdamW
 from moe.train.ranks import Ranks
@@ -55,13 +56,14 @@ class Learner:
         fill_tables(self.model, batches.domains, spec.seed)
         self.model.train()
         self.parameters = list(self.model.parameters())
+        self.trained = freeze(self.model, spec.training.train)
         self.optimizer = AdamW(self.model, spec.optimizer)
         self._clock = PhaseClock(telemetry.PHASES, ranks.device)
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Size of a checkpoint: weights and AdamW's two moments."""
-        return 3 * sum(parameter.numel() * parameter.element_size() for parameter in self.parameters)
+        """Size of a checkpoint: weights, and AdamW's two moments of those that are trained."""
+        return sum(parameter.numel() * parameter.element_size() for parameter in [*self.parameters, *self.trained, *self.trained])
 
     def autocast(self) -> AbstractContextManager[object]:
         """bfloat16 matrix products, where the spec asks for them."""
@@ -85,7 +87,7 @@ class Learner:
         """The step itself; this rank's mean losses, the gradient norm, the routing statistics and the extra predictions' loss, on the device."""
         self._clock.start()
         lm_loss, balance_loss, stats, mtp_loss = self._forward_backward(step)
-        self.ranks.average_gradients(self.parameters)
+        self.ranks.average_gradients(self.trained)
         self._clock.mark("reduce")
         grad_norm = self.optimizer.clip(self.spec.optimizer.grad_clip)
         self.optimizer.step(rate)
@@ -119,7 +121,9 @@ class Learner:
         return torch.stack(lm_losses).mean(), torch.stack(balance_losses).mean(), merged, ahead
 
     def _update_balance(self, stats: RoutingStats, figures: telemetry.Step) -> None:
-        """The loss-free biases follow the counts of all ranks."""
+        """The loss-free biases follow the counts of all ranks, unless the MoE layers are frozen."""
+        if self.spec.training.train == "all_but_moe":
+            return
         if self.ranks.size > 1 and figures.tokens_LE is not None:
             counts_LE = torch.from_numpy(figures.tokens_LE.astype(np.int64)).to(self.ranks.device)
             stats = dataclasses.replace(stats, expert_tokens_LE=counts_LE)

@@ -175,6 +175,13 @@ class Training:
         self._vio_memory.extend(state["vio_memory"])
         self._resumed_from = self._saved_step = step
 
+    def begin(self, home: Path) -> None:
+        """At a fresh start the weights that `spec.start` names are put into the model; `home` is moelab's directory. Raises SpecRefused."""
+        if self.position.step == 0 and self.spec.start.kind != "scratch":
+            from moe.train.start import begin  # only where it is asked for: it takes as long as a few steps to import
+
+            self._journal.say(begin(self.spec, self.learner.model, home, self.ranks))
+
     def start_over(self) -> None:
         """Puts the checkpoints of earlier attempts aside, so that no later attempt goes on from them."""
         if self.ranks.is_first and self._directory.exists():
@@ -209,6 +216,7 @@ class Training:
             "vio_memory": list(self._vio_memory),
             "attempt": self.attempt,
             "seed": self.spec.seed,
+            "spec": self.spec.model_dump(mode="json"),
             "world_size": self.ranks.size,
             "torch": torch.__version__,
         }

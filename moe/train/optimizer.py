@@ -30,7 +30,7 @@ class AdamW:
     def __init__(self, model: Transformer, spec: Optimizer) -> None:
         """Moments of zero, float32, beside the parameters."""
         self.spec = spec
-        self.parameters = dict(model.named_parameters())
+        self.parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.groups = {
             "matrix": Group(spec.weight_decay, 1.0),
             "router": Group(spec.weight_decay, spec.router_lr_factor),

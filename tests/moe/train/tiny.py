@@ -64,6 +64,7 @@ class Run:
         self.learner.train_step = step_after_hook  # type: ignore[method-assign, assignment]
         try:
             self.training.resume()
+            self.training.begin(HOME)
             return self.training.run()
         finally:
             self.training.close()
