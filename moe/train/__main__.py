@@ -54,7 +54,7 @@ def _train(options: argparse.Namespace, requests: stop.Requests) -> str:
     from moe.train.description import read_spec
 
     spec = read_spec(options.spec)
-    from moe.train import corpus, ranks
+    from moe.train import corpus, ranks, vocabulary
     from moe.train.batches import Batches
     from moe.train.learner import Learner
     from moe.train.loop import Training
@@ -68,10 +68,11 @@ def _train(options: argparse.Namespace, requests: stop.Requests) -> str:
     try:
         if options.no_resume:
             training.start_over()
-        else:
+        vocabulary.keep(batches.vocabulary, options.out, first_rank=place.is_first)
+        if not options.no_resume:
             training.resume()
-        end = training.run()
         training.begin(home)
+        end = training.run()
     finally:
         training.close()
     place.leave()

@@ -30,7 +30,7 @@ def sparse(moe: dict[str, Any], **changes: Any) -> Transformer:
 
 def logits(model: Transformer) -> Tensor:
     with torch.no_grad():
-        found = model(TOKENS).logits_BSV
+        found: Tensor | None = model(TOKENS).logits_BSV
     assert found is not None
     return found
 

@@ -63,7 +63,11 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 def test_fine_tuning_begins_with_a_runs_weights_and_a_fresh_optimiser(run: Start, place: Path, tmp_path: Path, how: str, capsys: Any) -> None:
     out = place if how == "run" else tmp_path / "source"
     source = trained(run, out, training=SHORT)
-    parts = {"run": {"run": NUMBER}, "run's directory": {"path": str(out)}, "checkpoints": {"path": str(out / "checkpoints")}}
+    parts: dict[str, dict[str, Any]] = {
+        "run": {"run": NUMBER},
+        "run's directory": {"path": str(out)},
+        "checkpoints": {"path": str(out / "checkpoints")},
+    }
     start = parts.get(how, {"path": str(out / "checkpoints" / "step-00000002")})
     fine = run(out=tmp_path / "fine", training=SHORT, start={"kind": "checkpoint", **start})
     assert not same(weights(fine), source)
@@ -131,13 +135,11 @@ def test_weights_without_a_spec_are_compared_by_name_and_shape(run: Start, tmp_p
     start = {"kind": "checkpoint", "path": str(source)}
     save_file({name: torch.ones_like(tensor) for name, tensor in whole.items()}, source / "model.safetensors")
     assert all(tensor.eq(1).all() for tensor in begun(run(out=tmp_path / "a", start=start)).values())
-    for says, change in {
-        "it has no norm.weight": lambda state: state.pop("norm.weight"),
-        "no place for its extra": lambda state: state.update(extra=torch.ones(1)),
-        r"norm.weight is \[33\], but model needs \[32\]": lambda state: state.update({"norm.weight": torch.ones(33)}),
+    for says, state in {
+        "it has no norm.weight": {name: tensor for name, tensor in whole.items() if name != "norm.weight"},
+        "no place for its extra": {**whole, "extra": torch.ones(1)},
+        r"norm.weight is \[33\], but model needs \[32\]": {**whole, "norm.weight": torch.ones(33)},
     }.items():
-        state = dict(whole)
-        change(state)
         save_file(state, source / "model.safetensors")
         with pytest.raises(SpecRefused, match=says):
             begun(run(out=tmp_path / "b", start=start))
