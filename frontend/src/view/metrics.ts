@@ -23,6 +23,7 @@ const PANELS: Panel[] = [
   { title: "Dead experts", help: "experts without a token, over all layers", match: is("dead_experts"), zeroBased: true },
   { title: "Largest logit", help: "of the routers; a rising one warns of instability", match: is("max_logit") },
   { title: "Balance losses", help: "weighted, summed over layers", match: (name) => name.startsWith("balance/") },
+  { title: "Loss of extra predictions", help: "cross-entropy of tokens further ahead, nats, without its weight", match: is("mtp_loss") },
   { title: "Gradient norm", help: "before clipping", match: is("grad_norm"), zeroBased: true },
   { title: "Learning rate", help: "", match: is("lr"), zeroBased: true },
   { title: "Tokens per second", help: "", match: is("tokens_per_s"), format: compact, zeroBased: true },
