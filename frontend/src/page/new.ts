@@ -5,6 +5,7 @@ import { getPath, isObject, type Plain, type PlainObject } from "../data/paths";
 import type { Run } from "../data/types";
 import { byId, pageData } from "../view/dom";
 import { debounced } from "../view/frame";
+import { initConfigImport } from "../view/config-import";
 import { clearErrors, showErrors } from "../view/spec-errors";
 import { readForm, showParts, writeForm } from "../view/spec-form";
 import { showPrice, type Price } from "../view/price";
@@ -116,7 +117,7 @@ function submitClone(parent: number, body: PlainObject): Promise<Run> {
 }
 
 form.addEventListener("input", (event) => {
-  if ((event.target as Element).closest(".preset-row")) return;
+  if ((event.target as Element).closest(".preset-row, .config-import")) return;
   showParts(form);
   setSpec(readForm(form), "form");
 });
@@ -126,4 +127,5 @@ form.addEventListener("submit", (event) => {
 });
 yaml.addEventListener("input", debounced(250, readYaml));
 byId<HTMLSelectElement>("preset").addEventListener("change", (event) => void usePreset((event.target as HTMLSelectElement).value).catch(tellError));
+initConfigImport((imported) => setSpec(imported, "both"));
 setSpec(initial, "both");
