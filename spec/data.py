@@ -37,17 +37,30 @@ class Data(Part):
     text_field: Name = Field("text", description="The key or column that holds the text in JSON lines, Parquet and datasets.")
     tokenizer: Literal["byte", "bpe", "file"] = field(
         "byte",
-        "byte: one token per byte and one that separates documents. bpe: byte pairs, learnt from the training text. "
-        "file: a tokenizer.json, as a Hugging Face checkpoint has it.",
+        "What text is cut into.",
+        options={
+            "byte": "One token per byte, and one that separates documents.",
+            "bpe": "Byte pairs, learnt from the training text.",
+            "file": "The tokens of a tokenizer.json, as a Hugging Face checkpoint has it.",
+        },
     )
     bpe_vocab_size: int = field(
-        4096, "Tokens that tokenizer bpe learns, the 256 bytes and the separator included.", ge=257, le=1_000_000, unit="tokens"
+        4096,
+        "Tokens that are learnt, the 256 bytes and the separator included.",
+        ge=257,
+        le=1_000_000,
+        unit="tokens",
+        when={"tokenizer": ["bpe"]},
     )
-    tokenizer_path: Text | None = Field(None, description="The tokenizer.json on the worker; with tokenizer file.")
-    separator: Name | None = Field(None, description="The token of tokenizer file that ends a document; where absent, one with a usual name.")
+    tokenizer_path: Text | None = field(None, "The tokenizer.json on the worker.", when={"tokenizer": ["file"]})
+    separator: Name | None = field(None, "The token that ends a document; where absent, one with a usual name.", when={"tokenizer": ["file"]})
     packing: Literal["stream", "documents"] = field(
         "stream",
-        "stream: a sequence runs over the ends of documents. documents: attention stays within a document, and none is to guess how the next begins.",
+        "How documents fill a sequence.",
+        options={
+            "stream": "A sequence runs over the ends of documents.",
+            "documents": "Attention stays within a document, and none is to guess how the next begins.",
+        },
     )
     seq_len: int = field(256, "Tokens in one training sequence.", ge=8, le=1_048_576, unit="tokens")
     validation_share: float = field(0.05, "Share of the documents that is held out.", gt=0, le=0.5)

@@ -60,17 +60,33 @@ if set(TRAITS) != set(get_args(RouterKind)):
     raise AssertionError("every kind of router needs its traits")
 
 
+LEARNED = [kind for kind, traits in TRAITS.items() if traits.learned]
+BIASABLE = [kind for kind, traits in TRAITS.items() if traits.biasable]
+
+
 class Router(Part):
     """How a token chooses its experts. Scores are float32 unless `dtype` says otherwise."""
 
-    kind: RouterKind = field("topk_softmax", ". ".join(f"{kind}: {traits.help}" for kind, traits in TRAITS.items()) + ".")
+    kind: RouterKind = field("topk_softmax", "The rule.", options={kind: f"{traits.help}." for kind, traits in TRAITS.items()})
     scorer: Literal["linear", "cosine", "mlp"] = field(
         "linear",
-        "What scores the experts: a matrix; the cosine with each expert's vector in a narrower space, over a learned temperature "
-        "(X-MoE, Tutel); or a two-layer network.",
+        "What scores the experts.",
+        when={"kind": LEARNED},
+        options={
+            "linear": "A matrix.",
+            "cosine": "The cosine with each expert's vector in a narrower space, over a learned temperature (X-MoE, Tutel).",
+            "mlp": "A network of two layers.",
+        },
     )
-    scorer_dim: int = field(64, "Width of the space of scorer cosine, and of the hidden layer of scorer mlp.", ge=1, le=65536, unit="dimensions")
-    renormalise: bool = field(False, "softmax_topk only: divide the k kept gates by their sum (Qwen3).")
+    scorer_dim: int = field(
+        64,
+        "Width of the space of scorer cosine, and of the hidden layer of scorer mlp.",
+        ge=1,
+        le=65536,
+        unit="dimensions",
+        when={"scorer": ["cosine", "mlp"]},
+    )
+    renormalise: bool = field(False, "Divide the k kept gates by their sum (Qwen3).", when={"kind": ["softmax_topk"]})
     scale: float = field(1.0, "Factor on every gate (DeepSeek-V2: 16, DeepSeek-V3: 2.5).", gt=0, le=1000)
     jitter: float = field(
         0.0,
@@ -78,23 +94,37 @@ class Router(Part):
         "to share the softmax (Phi-3.5-MoE: 0.01), always; at 0 none does, and its gates, all 1, teach it nothing.",
         ge=0,
         lt=1,
+        when={"kind": LEARNED},
     )
     random_share: float = field(
-        0.0, "In training, the probability that a token's experts are drawn uniformly instead (epsilon-random; a control: 0.1).", ge=0, le=1
+        0.0,
+        "In training, the probability that a token's experts are drawn uniformly instead (epsilon-random; a control: 0.1).",
+        ge=0,
+        le=1,
+        when={"kind": BIASABLE},
     )
-    n_groups: int = field(1, "Expert groups (devices) for group-limited routing; 1 means unlimited.", ge=1, le=4096, unit="groups")
-    top_groups: int = field(1, "Groups that a token may choose from (DeepSeek-V2: M devices).", ge=1, le=4096, unit="groups")
-    group_score: Literal["max", "top2_sum"] = field("top2_sum", "A group's score: its best expert (DeepSeek-V2) or its best two (V3).")
+    n_groups: int = field(
+        1, "Expert groups (devices) for group-limited routing; 1 means unlimited.", ge=1, le=4096, unit="groups", when={"kind": BIASABLE}
+    )
+    top_groups: int = field(1, "Groups that a token may choose from (DeepSeek-V2: M devices).", ge=1, le=4096, unit="groups", when={"kind": BIASABLE})
+    group_score: Literal["max", "top2_sum"] = field(
+        "top2_sum", "A group's score: its best expert (DeepSeek-V2) or its best two (V3).", when={"kind": BIASABLE}
+    )
     hash: Literal["random", "balanced", "clustered"] = field(
         "balanced",
-        "hash only: a random table; one that evens out the loads by how often each token occurs in the corpus; or one that puts tokens "
-        "with similar neighbours into one expert.",
+        "The table from token id to expert.",
+        when={"kind": ["hash"]},
+        options={
+            "random": "Drawn.",
+            "balanced": "Evens out the loads by how often each token occurs in the corpus.",
+            "clustered": "Puts tokens with similar neighbours into one expert.",
+        },
     )
-    sinkhorn_iterations: int = field(8, "sinkhorn only: normalisations of rows and columns.", ge=1, le=1000, unit="iterations")
-    entropy_bonus: float = field(0.01, "reinforce only: weight of the policy's entropy, which keeps it exploring.", ge=0, le=100)
-    policy_weight: float = field(0.01, "reinforce only: weight of the policy gradient in the loss.", ge=0, le=100)
-    init_std: float = field(0.02, "Standard deviation of the router's initial weights.", gt=0, le=10)
-    bias: bool = field(False, "A learned bias on the router's logits (gpt-oss).")
+    sinkhorn_iterations: int = field(8, "Normalisations of rows and columns.", ge=1, le=1000, unit="iterations", when={"kind": ["sinkhorn"]})
+    entropy_bonus: float = field(0.01, "Weight of the policy's entropy, which keeps it exploring.", ge=0, le=100, when={"kind": ["reinforce"]})
+    policy_weight: float = field(0.01, "Weight of the policy gradient in the loss.", ge=0, le=100, when={"kind": ["reinforce"]})
+    init_std: float = field(0.02, "Standard deviation of the router's initial weights.", gt=0, le=10, when={"kind": LEARNED})
+    bias: bool = field(False, "A learned bias on the router's logits (gpt-oss).", when={"kind": LEARNED})
     dtype: Literal["float32", "bfloat16"] = field("float32", "Arithmetic of the router; bfloat16 shows what breaks.")
 
     @property
@@ -118,18 +148,33 @@ class Router(Part):
         return self
 
 
+_LIMITED = {"kind": ["factor"]}
+
+
 class Capacity(Part):
     """How many tokens one expert may take in a batch."""
 
-    kind: Literal["dropless", "factor"] = field("dropless", "dropless: no limit. factor: at most ceil(factor * k * T / E) tokens per expert.")
-    factor: float = field(1.25, "Capacity factor in training.", gt=0, le=1000)
-    eval_factor: float = field(2.0, "Capacity factor in evaluation.", gt=0, le=1000)
+    kind: Literal["dropless", "factor"] = field(
+        "dropless",
+        "Whether there is a limit.",
+        options={"dropless": "No limit.", "factor": "At most ceil(factor * k * T / E) tokens per expert."},
+    )
+    factor: float = field(1.25, "Capacity factor in training.", gt=0, le=1000, when=_LIMITED)
+    eval_factor: float = field(2.0, "Capacity factor in evaluation.", gt=0, le=1000, when=_LIMITED)
     drop: Literal["position", "probability", "random"] = field(
         "position",
-        "Which assignments an overfull expert gives up: the last in the batch, those with the lowest gate, or random ones "
-        "(random token selection, DeepSpeed).",
+        "Which assignments an overfull expert gives up.",
+        when=_LIMITED,
+        options={
+            "position": "The last in the batch (Switch).",
+            "probability": "Those with the lowest gate.",
+            "random": "Random ones (random token selection, DeepSpeed).",
+        },
     )
     overflow: Literal["drop", "next_best"] = field(
-        "drop", "What becomes of them: they are dropped, or offered to the token's next-best expert that has room."
+        "drop",
+        "What becomes of them.",
+        when=_LIMITED,
+        options={"drop": "They are dropped.", "next_best": "They are offered to the token's next-best expert that has room."},
     )
-    padded: bool = field(False, "Run every expert over exactly its capacity, zeros included (GShard, Switch); the result is the same.")
+    padded: bool = field(False, "Run every expert over exactly its capacity, zeros included (GShard, Switch); the result is the same.", when=_LIMITED)

@@ -5,7 +5,7 @@ Nothing here knows a field by name: help, unit, range and default all come from 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, ClassVar
@@ -31,7 +31,24 @@ class Field:
     choices: tuple[str, ...] = ()
     nullable: bool = False
     default: Any = None
+    options: Mapping[str, str] = field(default_factory=dict)
+    when: Mapping[str, Sequence[str]] = field(default_factory=dict)
     node: ClassVar[str] = "field"
+
+    @property
+    def when_path(self) -> str:
+        """The path of the field that decides whether this one means anything; empty where none does."""
+        return next((f"{self.path.rpartition('.')[0]}.{key}" for key in self.when), "")
+
+    @property
+    def when_values(self) -> str:
+        """The values of that field for which it does, apart by spaces."""
+        return " ".join(value for values in self.when.values() for value in values)
+
+    @property
+    def described_choices(self) -> list[tuple[str, str]]:
+        """Each choice and what it is, as far as the spec says."""
+        return [(choice, self.options.get(choice, "")) for choice in self.choices]
 
     @property
     def key(self) -> str:
@@ -133,7 +150,7 @@ class _Reader:
         if inner.get("type") == "object":
             return self.group(inner, path, title, optional=nullable)
         found = self._field(inner, path, help_text, schema.get("unit", inner.get("unit", "")), nullable)
-        return replace(found, default=schema.get("default"))
+        return replace(found, default=schema.get("default"), options=schema.get("options", {}), when=schema.get("when", {}))
 
     def _variants(self, schema: Schema, path: str) -> list[tuple[str, Group]]:
         parts = [self._resolved(one) for one in schema["oneOf"]]

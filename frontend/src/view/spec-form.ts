@@ -50,11 +50,15 @@ export function writeForm(form: HTMLElement, spec: PlainObject, defaults: PlainO
     if (typeof kind === "string") union.querySelector<HTMLSelectElement>("[data-kind]")!.value = kind;
   }
   for (const terms of all("[data-terms]", form)) writeTerms(terms, value(terms.dataset.terms!));
-  showParts(form);
-  for (const field of fieldsOf(form)) {
-    const held = value(field.dataset.path!);
-    if (active(field) && !field.closest("[data-term]") && held !== undefined) writeField(field, held);
+  // Twice: what the first pass writes decides which other fields there are.
+  for (let pass = 0; pass < 2; pass++) {
+    showParts(form);
+    for (const field of fieldsOf(form)) {
+      const held = value(field.dataset.path!);
+      if (active(field) && !field.closest("[data-term]") && held !== undefined) writeField(field, held);
+    }
   }
+  showParts(form);
 }
 
 function writeTerms(terms: HTMLElement, list: Plain | undefined): void {
@@ -83,5 +87,13 @@ export function showParts(form: HTMLElement): void {
   for (const union of all("[data-union]", form)) {
     const kind = union.querySelector<HTMLSelectElement>("[data-kind]")!.value;
     for (const variant of all("[data-variant]", union)) set(variant, variant.dataset.variant === kind);
+  }
+  for (const field of all("[data-when]", form)) {
+    const decides = form.querySelector<HTMLSelectElement>(`[data-path="${field.dataset.whenPath}"] [data-value]`);
+    set(field, decides === null || field.dataset.when!.split(" ").includes(decides.value));
+  }
+  for (const help of all("[data-option-help]", form)) {
+    const chosen = help.closest("[data-path]")!.querySelector<HTMLSelectElement>("select")!.selectedOptions[0];
+    help.textContent = chosen?.dataset.help ?? "";
   }
 }
