@@ -26,8 +26,8 @@ def random_table(vocab_size: int, n_experts: int, top_k: int, generator: torch.G
 def balanced_table(frequency_V: Tensor, n_experts: int, top_k: int, seed: int) -> Tensor:
     """int64[V, K]: tokens from the most frequent to the rarest, each to the K experts that have the least text so far.
 
-    Tokens that never occur weigh a little, so that they are spread as well. `seed` orders what is equal: tokens of one frequency
-    and the experts at the start.
+    `frequency_V` are occurrences, whole or not. Tokens that never occur weigh a little, so that they are spread as well. `seed`
+    orders what is equal: tokens of one frequency and the experts at the start.
     """
     vocab_size = len(frequency_V)
     generator = torch.Generator().manual_seed(seed)

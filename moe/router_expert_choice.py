@@ -23,10 +23,12 @@ class ExpertChoiceRouter(ScoringRouter):
         prob_TE = logits_TE.softmax(-1)
         most = math.ceil(self.top_k * len(x_TD) / self.n_experts)
         taken_TE = torch.zeros_like(prob_TE, dtype=torch.bool).scatter_(0, prob_TE.detach().topk(most, dim=0).indices, True)
-        # Off the CPU, looking for the widest token would wait for the device; empty slots cost only places in a sort there.
-        wide = int(taken_TE.sum(-1).max()) if x_TD.device.type == "cpu" else self.n_experts
-        expert_TK = top_k(prob_TE.detach().masked_fill(~taken_TE, -1.0), wide)
+        expert_TK = top_k(prob_TE.detach().masked_fill(~taken_TE, -1.0), self.width(taken_TE))
         empty_TK = ~taken_TE.gather(-1, expert_TK)
         gate_TK = self.gates(logits_TE, prob_TE, expert_TK).masked_fill(empty_TK, 0.0)
         unserved = (~taken_TE.any(-1)).float().mean()
         return Decision(logits_TE, prob_TE, expert_TK.masked_fill(empty_TK, self.n_experts), gate_TK, figures={"unserved_tokens": unserved})
+
+    def width(self, taken_TE: Tensor) -> int:
+        """K. Off the CPU it is E: to look for it would wait for the device, and empty slots cost only places in a sort there."""
+        return int(taken_TE.sum(-1).max()) if taken_TE.device.type == "cpu" else self.n_experts

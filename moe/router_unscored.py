@@ -56,7 +56,7 @@ class HashRouter(UnscoredRouter):
 
     @torch.no_grad()
     def fill(self, frequency_V: Tensor, vector_VW: Tensor | None, seed: int) -> None:
-        """Fill the table from int64[V] occurrences and (clustered) float[V, W] vectors of neighbours, both on the CPU."""
+        """Fill the table from the occurrences [V] of each token and (clustered) float[V, W] vectors of neighbours, both on the CPU."""
         if self.spec.hash == "balanced":
             self.table_VK.copy_(balanced_table(frequency_V, self.n_experts, self.top_k, seed))
         elif self.spec.hash == "clustered":

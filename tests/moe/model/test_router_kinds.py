@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moe.assignment import fair_shares
 from moe.router import Router, ScoringRouter
+from moe.router_expert_choice import ExpertChoiceRouter
 from moe.router_kinds import build_router
 from moe.router_noise import NoisyTopKRouter
 from moe.router_plan import sinkhorn
@@ -227,6 +228,22 @@ def test_a_random_share_of_the_tokens_is_sent_anywhere_in_training_alone():
     assert torch.equal(built.eval()(x_TD, tokens_T).expert_TK, wanted_TK)
 
 
+@pytest.mark.parametrize("kind", [kind for kind, traits in TRAITS.items() if traits.biasable])
+def test_gates_can_be_had_for_other_experts(kind):
+    """What an assignment costs that moves to the next-best expert; the decision says which that is."""
+    built, (x_TD, tokens_T) = router(kind).eval(), tokens(20)
+    decision = built(x_TD, tokens_T)
+    assert decision.score_TE is not None and decision.choice_TE is not None and not decision.choice_TE.requires_grad
+    torch.testing.assert_close(built.gates(decision.logits_TE, decision.score_TE, decision.expert_TK), decision.gate_TK)
+    next_TK = decision.choice_TE.topk(4).indices[:, [0, 2]][:, : built.top_k]
+    gate_TK = built.gates(decision.logits_TE, decision.score_TE, next_TK)
+    for row, experts, gates in zip(decision.logits_TE.tolist(), next_TK.tolist(), gate_TK.tolist(), strict=True):
+        score = [1 / (1 + math.exp(-x)) for x in row] if kind.startswith("sigmoid") else softmax(row)
+        kept = [score[e] for e in experts]
+        total = 1 if kind in ("softmax_topk", "switch", "sigmoid_input") else sum(kept)
+        assert gates == pytest.approx([value / total for value in kept])
+
+
 # ----- GShard
 
 
@@ -306,6 +323,18 @@ def test_every_expert_takes_exactly_its_best_tokens(n_tokens, n_experts, k, seed
     assert float(decision.figures["unserved_tokens"]) == pytest.approx(sum(not row for row in wanted) / n_tokens)
 
 
+def test_with_a_slot_for_every_expert_the_choice_is_the_same(monkeypatch):
+    """What runs where looking for the widest token would wait for the device."""
+    built, (x_TD, tokens_T) = router("expert_choice", 5), tokens(30)
+    narrow = built(x_TD, tokens_T)
+    monkeypatch.setattr(ExpertChoiceRouter, "width", lambda self, taken_TE: self.n_experts)
+    wide = built(x_TD, tokens_T)
+    used = narrow.expert_TK.shape[1]
+    assert wide.expert_TK.shape == (30, 5) and used < 5
+    assert torch.equal(wide.expert_TK[:, :used], narrow.expert_TK) and torch.equal(wide.gate_TK[:, :used], narrow.gate_TK)
+    assert (wide.expert_TK[:, used:] == 5).all() and not wide.gate_TK[:, used:].any()
+
+
 # ----- plans
 
 
@@ -377,7 +406,7 @@ def test_the_policy_loss_is_its_formula_with_the_others_as_baseline():
         wanted += (loss[t] - sum(others) / 2) * log_prob[t] / 3
     log_prob_T = torch.tensor(log_prob, requires_grad=True)
     got = policy_loss(torch.tensor(loss), torch.tensor(target), log_prob_T)
-    assert float(got) == pytest.approx(wanted)
+    assert float(got.detach()) == pytest.approx(wanted)
     got.backward()
     assert log_prob_T.grad is not None and log_prob_T.grad[3] == 0 and log_prob_T.grad[2] > 0 > log_prob_T.grad[1]
     for n in (0, 1):  # nothing to compare with
@@ -397,7 +426,7 @@ def test_on_a_bandit_the_policy_moves_to_the_better_expert():
         optimizer.zero_grad()
         policy_loss(cost_E[decision.expert_TK[:, 0]], tokens_T, decision.log_prob_T).backward()
         optimizer.step()
-    assert float(built(x_TD, tokens_T).prob_TE[0, 1]) > 0.95
+    assert float(built(x_TD, tokens_T).prob_TE[0, 1].detach()) > 0.95
 
 
 def test_the_entropy_bonus_keeps_the_policy_open():
