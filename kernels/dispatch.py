@@ -8,28 +8,42 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import attention_cpu, attention_masked, experts_cpu, experts_grouped, experts_naive, rms_norm_cpu
+from kernels import attention_cpu, attention_masked, experts_cpu, experts_grouped, experts_naive, experts_padded, rms_norm_cpu
 from kernels import expert_linear as linear
 
 
-def expert_ffn(x_TD: Tensor, w_in_EHD: Tensor, w_out_EDF: Tensor, expert_TK: Tensor, gate_TK: Tensor, activation: str) -> Tensor:
+def expert_ffn(
+    x_TD: Tensor,
+    w_in_EHD: Tensor,
+    w_out_EDF: Tensor,
+    expert_TK: Tensor,
+    gate_TK: Tensor,
+    activation: str,
+    b_in_EH: Tensor | None = None,
+    capacity: int | None = None,
+) -> Tensor:
     """y_t = sum_k gate_tk * FFN_expert_tk(x_t), with products in x's dtype; expert E stands for a dropped assignment.
 
-    H is 2F (gate rows first) for swiglu and geglu, F for relu and gelu. Differentiable in all but `expert_TK` (int64).
+    H is 2F (gate rows first) for gated activations, else F. Differentiable in all but `expert_TK` (int64). With a `capacity`, which no
+    expert may exceed, every expert runs over exactly so many rows.
     """
-    which = _expert_ffn(x_TD.device.type, x_TD.dtype, training=torch.is_grad_enabled())
+    which = _expert_ffn(x_TD.device.type, x_TD.dtype, training=torch.is_grad_enabled(), biased=b_in_EH is not None, padded=capacity is not None)
     if which == "triton":
         from kernels import experts_triton
 
         return experts_triton.expert_ffn(x_TD, w_in_EHD, w_out_EDF, expert_TK, gate_TK, activation)
+    if capacity is not None:
+        return experts_padded.expert_ffn(x_TD, w_in_EHD, w_out_EDF, expert_TK, gate_TK, activation, b_in_EH, capacity=capacity)
     run = {"cpu": experts_cpu.expert_ffn, "grouped_mm": experts_grouped.expert_ffn, "naive": experts_naive.expert_ffn}[which]
-    return run(x_TD, w_in_EHD, w_out_EDF, expert_TK, gate_TK, activation)
+    return run(x_TD, w_in_EHD, w_out_EDF, expert_TK, gate_TK, activation, b_in_EH)
 
 
-def _expert_ffn(device: str, dtype: torch.dtype, *, training: bool) -> str:
+def _expert_ffn(device: str, dtype: torch.dtype, *, training: bool, biased: bool = False, padded: bool = False) -> str:
+    if padded:
+        return "padded"
     if device == "cpu":
         return "cpu"
-    if device == "cuda" and not training and find_spec("triton"):
+    if device == "cuda" and not training and not biased and find_spec("triton"):
         return "triton"
     return "grouped_mm" if device == "cuda" and dtype == torch.bfloat16 else "naive"
 
@@ -68,13 +82,18 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype) -> Ten
     return F.rms_norm(x, weight_D.shape, weight_D, eps).to(dtype)
 
 
-def implementations(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, str]:
-    """Operation to the implementation that runs it on `device` for products in `dtype`; shown on the run page."""
+def implementations(
+    device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, *, biased: bool = False, padded: bool = False
+) -> dict[str, str]:
+    """Operation to the implementation that runs it on `device` for products in `dtype`; shown on the run page.
+
+    `biased`: the experts have biases; `padded`: they run over exactly their capacity.
+    """
     kind = torch.device(device).type
     ours = kind == "cpu"
     return {
-        "expert_ffn": _expert_ffn(kind, dtype, training=True),
-        "expert_ffn (evaluation)": _expert_ffn(kind, dtype, training=False),
+        "expert_ffn": _expert_ffn(kind, dtype, training=True, biased=biased, padded=padded),
+        "expert_ffn (evaluation)": _expert_ffn(kind, dtype, training=False, biased=biased, padded=padded),
         "attention": "cpu" if ours and dtype == torch.bfloat16 else "sdpa",
         "rms_norm": "cpu" if ours else "torch",
     }

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.activation import GATED
+from kernels.activation import GATED, LIMIT, STEEPNESS
 from kernels.plan import Plan, make_plan
 
 PIECE_BYTES = 1 << 21  # of the up-projection's output that one piece makes
@@ -33,21 +33,37 @@ class Pointwise:
 
     value: Callable[[Tensor, Tensor], Tensor]  # (h, out)
     slope: Callable[[Tensor, Tensor, Tensor], Tensor]  # (gradient, h, out)
+    limit: float | None = None  # the other half is clamped to +-limit and raised by one
 
 
 _SILU = Pointwise(lambda h, out: aten.silu.out(h, out=out), lambda g, h, out: aten.silu_backward.grad_input(g, h, grad_input=out))
 _GELU = Pointwise(lambda h, out: aten.gelu.out(h, out=out), lambda g, h, out: aten.gelu_backward.grad_input(g, h, grad_input=out))
 _RELU = Pointwise(lambda h, out: torch.clamp_min(h, 0, out=out), lambda g, h, out: aten.threshold_backward.grad_input(g, h, 0, grad_input=out))
-POINTWISE = {"swiglu": _SILU, "geglu": _GELU, "gelu": _GELU, "relu": _RELU}
 
 
-def expert_ffn(x_TD: Tensor, w_in_EHD: Tensor, w_out_EDF: Tensor, expert_TK: Tensor, gate_TK: Tensor, activation: str) -> Tensor:
+def _clamped_value(h: Tensor, out: Tensor) -> Tensor:
+    """z sigmoid(1.702 z) of z = min(h, 7)."""
+    torch.clamp_max(h, LIMIT, out=out).mul_(STEEPNESS)
+    return F.silu(out, inplace=True).div_(STEEPNESS)
+
+
+def _clamped_slope(gradient: Tensor, h: Tensor, out: Tensor) -> Tensor:
+    return aten.silu_backward.grad_input(gradient, h.clamp_max(LIMIT).mul_(STEEPNESS), grad_input=out).mul_(h <= LIMIT)
+
+
+_CLAMPED = Pointwise(_clamped_value, _clamped_slope, LIMIT)
+POINTWISE = {"swiglu": _SILU, "geglu": _GELU, "gelu": _GELU, "relu": _RELU, "swiglu_clamped": _CLAMPED}
+
+
+def expert_ffn(
+    x_TD: Tensor, w_in_EHD: Tensor, w_out_EDF: Tensor, expert_TK: Tensor, gate_TK: Tensor, activation: str, b_in_EH: Tensor | None = None
+) -> Tensor:
     """As `experts_naive.expert_ffn`. Products are in x's dtype whatever the weights' dtype; weight gradients have the weights'.
 
     Bit-reproducible for a given number of threads. Raises KeyError for an unknown activation.
     """
     plan = make_plan(expert_TK, w_in_EHD.shape[0], 32 if x_TD.dtype == torch.bfloat16 else 1)
-    y_TD: Tensor = _ExpertFfn.apply(x_TD, w_in_EHD, w_out_EDF, gate_TK, plan, activation)
+    y_TD: Tensor = _ExpertFfn.apply(x_TD, w_in_EHD, w_out_EDF, gate_TK, b_in_EH, plan, activation)
     return y_TD
 
 
@@ -75,19 +91,23 @@ def _pieces(size_E: list[int], most_rows: int) -> list[_Piece]:
 
 class _ExpertFfn(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, w_in_EHD: Tensor, w_out_EDF: Tensor, gate_TK: Tensor, plan: Plan, activation: str) -> Tensor:
+    def forward(
+        ctx: Any, x_TD: Tensor, w_in_EHD: Tensor, w_out_EDF: Tensor, gate_TK: Tensor, b_in_EH: Tensor | None, plan: Plan, activation: str
+    ) -> Tensor:
         n_hidden = w_in_EHD.shape[1]
         point, gated = POINTWISE[activation], activation in GATED
         pieces = _pieces(plan.size_E, PIECE_BYTES // (n_hidden * x_TD.element_size()))
         gate_R1 = x_TD.new_zeros(plan.n_rows, 1)
         gate_R1[plan.kept_N, 0] = gate_TK.flatten()[plan.slot_N].to(x_TD.dtype)
         h_RH, y_RD = x_TD.new_empty(plan.n_rows, n_hidden), _rows(x_TD, plan)
-        ctx.weight_dtypes = w_in_EHD.dtype, w_out_EDF.dtype
+        ctx.weight_dtypes, ctx.bias_dtype = (w_in_EHD.dtype, w_out_EDF.dtype), None if b_in_EH is None else b_in_EH.dtype
         w_in_EHD, w_out_EDF = w_in_EHD.to(x_TD.dtype), w_out_EDF.to(x_TD.dtype)
         for piece in pieces:
             h_NH = h_RH[piece.rows]
             x_ND = x_TD.index_select(0, plan.token_R[piece.rows])
             _multiply(x_ND, w_in_EHD[piece.experts].transpose(1, 2), h_NH, piece.sizes)
+            if b_in_EH is not None:
+                _add(b_in_EH[piece.experts], h_NH, piece.sizes)
             act_NF = _activate(point, gated, h_NH).mul_(gate_R1[piece.rows])
             _multiply(act_NF, w_out_EDF[piece.experts].transpose(1, 2), y_RD[piece.rows], piece.sizes)
         ctx.save_for_backward(x_TD, w_in_EHD, w_out_EDF, gate_R1, h_RH)
@@ -102,6 +122,7 @@ class _ExpertFfn(torch.autograd.Function):
         dy_TD = dy_TD.contiguous()
         dx_RD, dgate_R = _rows(x_TD, plan), x_TD.new_empty(plan.n_rows)
         dw_in_EHD, dw_out_EDF = (torch.empty_like(w, dtype=dtype) for w, dtype in zip((w_in_EHD, w_out_EDF), ctx.weight_dtypes, strict=True))
+        db_in_EH = None if ctx.bias_dtype is None else torch.empty(w_in_EHD.shape[:2], dtype=ctx.bias_dtype)
         for piece in ctx.pieces:
             token_N, gate_N1, h_NH = plan.token_R[piece.rows], gate_R1[piece.rows], h_RH[piece.rows]
             dy_ND = dy_TD.index_select(0, token_N)
@@ -109,11 +130,13 @@ class _ExpertFfn(torch.autograd.Function):
             _multiply(dy_ND, w_out_EDF[piece.experts], dact_NF, piece.sizes)
             act_NF, dh_NH = _activate_backward(ctx.point, ctx.gated, h_NH, dact_NF, gate_N1, dgate_R[piece.rows])
             _multiply(dh_NH, w_in_EHD[piece.experts], dx_RD[piece.rows], piece.sizes)
+            if db_in_EH is not None:
+                _sum_rows(dh_NH, db_in_EH[piece.experts], piece.sizes)
             _multiply_rows(dh_NH, x_TD.index_select(0, token_N), dw_in_EHD[piece.experts], piece.sizes)
             _multiply_rows(dy_ND, act_NF, dw_out_EDF[piece.experts], piece.sizes)
         dgate_TK = torch.zeros(plan.row_TK.shape, dtype=ctx.gate_dtype)
         dgate_TK.view(-1)[plan.slot_N] = dgate_R[plan.kept_N].to(ctx.gate_dtype)
-        return F.embedding_bag(plan.row_TK, dx_RD, mode="sum"), dw_in_EHD, dw_out_EDF, dgate_TK, None, None
+        return F.embedding_bag(plan.row_TK, dx_RD, mode="sum"), dw_in_EHD, dw_out_EDF, dgate_TK, db_in_EH, None, None
 
 
 def _rows(x_TD: Tensor, plan: Plan) -> Tensor:
@@ -142,11 +165,27 @@ def _multiply_rows(a_NA: Tensor, b_NB: Tensor, out_EAB: Tensor, sizes: list[int]
             out.copy_(torch.mm(a, b))
 
 
+def _add(b_EH: Tensor, out_NH: Tensor, sizes: list[int]) -> None:
+    """Each expert's bias to its rows of `out`."""
+    for b_H, out in zip(b_EH.to(out_NH.dtype), out_NH.split(sizes), strict=True):
+        out.add_(b_H)
+
+
+def _sum_rows(a_NA: Tensor, out_EA: Tensor, sizes: list[int]) -> None:
+    """The sum of each expert's rows, into its row of `out`."""
+    for a, out_A in zip(a_NA.split(sizes), out_EA, strict=True):
+        out_A.copy_(a.sum(0))
+
+
+def _lifted(point: Pointwise, up_NF: Tensor) -> Tensor:
+    return up_NF if point.limit is None else up_NF.clamp(-point.limit, point.limit).add_(1)
+
+
 def _activate(point: Pointwise, gated: bool, h_NH: Tensor) -> Tensor:
     if not gated:
         return point.value(h_NH, torch.empty_like(h_NH))
     gate_NF, up_NF = h_NH.chunk(2, dim=1)
-    return point.value(gate_NF, h_NH.new_empty(gate_NF.shape)).mul_(up_NF)
+    return point.value(gate_NF, h_NH.new_empty(gate_NF.shape)).mul_(_lifted(point, up_NF))
 
 
 def _activate_backward(point: Pointwise, gated: bool, h_NH: Tensor, dact_NF: Tensor, gate_N1: Tensor, dgate_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,9 +202,12 @@ def _activate_backward(point: Pointwise, gated: bool, h_NH: Tensor, dact_NF: Ten
     bent_NF, up_NF = h_NH.chunk(2, dim=1)
     dbent_NF, dup_NF = dh_NH.chunk(2, dim=1)
     curve_NF = point.value(bent_NF, torch.empty_like(dact_NF))
-    act_NF = curve_NF * up_NF
+    lifted_NF = _lifted(point, up_NF)
+    act_NF = curve_NF * lifted_NF
     torch.sum(torch.mul(dact_NF, act_NF, out=dup_NF), 1, out=dgate_N)
     dact_NF.mul_(gate_N1)
     torch.mul(dact_NF, curve_NF, out=dup_NF)
-    point.slope(dact_NF.mul_(up_NF), bent_NF, dbent_NF)
+    if point.limit is not None:
+        dup_NF.mul_(up_NF.abs() <= point.limit)
+    point.slope(dact_NF.mul_(lifted_NF), bent_NF, dbent_NF)
     return act_NF.mul_(gate_N1), dh_NH

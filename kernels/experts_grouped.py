@@ -46,7 +46,9 @@ class _Collect(torch.autograd.Function):
         return d_TKD.flatten(0, 1)[slot_R], None, None
 
 
-def expert_ffn(x_TD: Tensor, w_in_EHD: Tensor, w_out_EDF: Tensor, expert_TK: Tensor, gate_TK: Tensor, activation: str) -> Tensor:
+def expert_ffn(
+    x_TD: Tensor, w_in_EHD: Tensor, w_out_EDF: Tensor, expert_TK: Tensor, gate_TK: Tensor, activation: str, b_in_EH: Tensor | None = None
+) -> Tensor:
     """As `experts_naive.expert_ffn`, with products in x's dtype. Widths must make rows a multiple of 16 bytes (`F.grouped_mm`)."""
     expert_R, slot_R = expert_TK.flatten().sort(stable=True)
     row_TK = torch.empty_like(slot_R).scatter_(0, slot_R, torch.arange(len(slot_R), device=slot_R.device)).view_as(expert_TK)
@@ -54,6 +56,9 @@ def expert_ffn(x_TD: Tensor, w_in_EHD: Tensor, w_out_EDF: Tensor, expert_TK: Ten
     kept_R1 = (expert_R < w_in_EHD.shape[0])[:, None]  # grouped_mm leaves rows after the last expert's unwritten, forward and backward
     x_RD = torch.where(kept_R1, _Spread.apply(x_TD, slot_R // expert_TK.shape[1], row_TK), 0)
     h_RH = F.grouped_mm(x_RD, w_in_EHD.to(x_TD.dtype).transpose(1, 2), offs=end_E)
+    if b_in_EH is not None:  # added by a product with each row's unit vector, whose backward pass sums in a fixed order
+        unit_RE = F.one_hot(expert_R, w_in_EHD.shape[0] + 1)[:, :-1].to(h_RH.dtype)
+        h_RH = torch.where(kept_R1, h_RH, 0) + unit_RE @ b_in_EH.to(h_RH.dtype)
     y_RD = F.grouped_mm(hidden(h_RH, activation), w_out_EDF.to(x_TD.dtype).transpose(1, 2), offs=end_E)
     y_TKD: Tensor = _Collect.apply(torch.where(kept_R1, y_RD, 0), row_TK, slot_R)
     return (y_TKD * gate_TK.to(x_TD.dtype)[:, :, None]).sum(1)

@@ -1,5 +1,7 @@
 """The MoE layer: h_t = sum_shared FFN(u_t) + sum_k g_tk FFN_k(u_t) (DeepSeekMoE, eq. 9), with its statistics.
 
+Or both sums weighed against each other (residual MoE: Rajbhandari 2022, section 4.1.1), or gates on the experts' input (Llama 4).
+
 Letters: B sequences, S tokens in each, T = B * S, D width, E experts, K chosen per token, N balancing terms with a loss.
 """
 
@@ -31,37 +33,54 @@ class MoeLayer(nn.Module):
         self.bias_rate = balance.bias_update_rate(moe.balance)
         biased = self.bias_rate is not None
         self.router = build_router(moe.router, spec.d_model, moe.n_experts, moe.top_k, biased=biased, vocab_size=spec.vocab_size)
-        self.experts = Experts(moe.n_experts, spec.d_model, moe.d_expert, spec.activation)
-        self.shared = FeedForward(spec.d_model, moe.n_shared * moe.shared_width, spec.activation) if moe.n_shared else None
+        activation = moe.activation or spec.activation
+        self.experts = Experts(moe.n_experts, spec.d_model, moe.d_expert, activation, biased=moe.bias == "expert")
+        self.shared = FeedForward(spec.d_model, moe.n_shared * moe.shared_width, activation) if moe.n_shared else None
         self.shared_gate = nn.Parameter(torch.empty(1, spec.d_model)) if moe.combine == "sigmoid_gate" else None
+        self.mix = nn.Linear(spec.d_model, 2) if moe.combine == "residual" else None  # of the routed output, then of the shared
+        self.bias = nn.Parameter(torch.empty(spec.d_model)) if moe.bias == "layer" else None
 
     def forward(self, x_BSD: Tensor, context: Context) -> LayerOutput:
         """The layer's output [B, S, D], its weighted balancing loss, and its statistics."""
         x_TD = x_BSD.flatten(0, 1)
         decision: Decision = self.router(x_TD, context.tokens_BS.flatten())
-        expert_TK = decision.expert_TK
-        n_experts = self.spec.n_experts
-        count_E = torch.bincount(expert_TK.flatten(), minlength=n_experts)[:n_experts]  # E: nothing was chosen
+        expert_TK, gate_TK = decision.expert_TK, decision.gate_TK
+        count_E = balance.counts(expert_TK, self.spec.n_experts)
         dropped_E = torch.zeros_like(count_E)
-        most = dispatch.limit(self.spec.capacity, len(x_TD), self.spec.top_k, n_experts, training=self.training)
+        most = dispatch.limit(self.spec.capacity, len(x_TD), self.spec.top_k, self.spec.n_experts, training=self.training)
         if most is not None:
-            expert_TK = dispatch.drop_overflow(expert_TK, decision.gate_TK, n_experts, most, self.spec.capacity.drop)
-            dropped_E = (count_E - most).clamp_min(0)
-        y_BSD = self.experts(x_TD, expert_TK, decision.gate_TK).view_as(x_BSD)
+            expert_TK, gate_TK, dropped_E, rerouted = dispatch.place(decision, self.router, most, self.spec.capacity)
+            if rerouted is not None:
+                decision = decision._replace(figures={**decision.figures, "rerouted": rerouted})
+        y_BSD = self._routed(x_TD, expert_TK, gate_TK, most if self.spec.capacity.padded else None).view_as(x_BSD)
         if self.shared is not None:
-            y_BSD = y_BSD + self._shared(self.shared, x_BSD)
-        loss_N = [balance.loss(term.kind, decision, count_E, len(x_BSD)) for term in self.terms]
+            y_BSD = self._with_shared(y_BSD, self.shared(x_BSD), x_BSD)
+        if self.bias is not None:
+            y_BSD = y_BSD + self.bias.to(y_BSD.dtype)
+        loss_N = [balance.loss(term, decision, count_E, len(x_BSD), self.spec) for term in self.terms]
         weighted = sum((term.coefficient * loss for term, loss in zip(self.terms, loss_N, strict=True)), x_TD.new_zeros((), dtype=torch.float32))
         if decision.loss is not None:
             weighted = weighted + decision.loss
-        stats, choice = layer_stats(decision, count_E, dropped_E, loss_N), Choice(expert_TK, decision.gate_TK.detach())
+        stats, choice = layer_stats(decision, count_E, dropped_E, loss_N), Choice(expert_TK, gate_TK.detach())
         return LayerOutput(y_BSD, weighted, stats, decision.prob_TE.mean(0), decision.log_prob_T, choice)
 
-    def _shared(self, shared: FeedForward, x_BSD: Tensor) -> Tensor:
-        y_BSD: Tensor = shared(x_BSD)
-        if self.shared_gate is None:
-            return y_BSD
-        return F.linear(x_BSD, self.shared_gate).sigmoid() * y_BSD
+    def _routed(self, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, capacity: int | None) -> Tensor:
+        """The routed experts' sum, [T, D]."""
+        if not self.router.gate_on_input:
+            y_TD: Tensor = self.experts(x_TD, expert_TK, gate_TK, capacity)
+            return y_TD
+        scaled_TKD = x_TD[:, None] * gate_TK[:, :, None].to(x_TD.dtype)
+        y_RD: Tensor = self.experts(scaled_TKD.flatten(0, 1), expert_TK.view(-1, 1), torch.ones_like(gate_TK).view(-1, 1), capacity)
+        return y_RD.view_as(scaled_TKD).sum(1)
+
+    def _with_shared(self, routed_BSD: Tensor, shared_BSD: Tensor, x_BSD: Tensor) -> Tensor:
+        """The two outputs joined as the spec's `combine` says."""
+        if self.mix is not None:
+            weight_BS2: Tensor = self.mix(x_BSD).softmax(-1)
+            return weight_BS2[..., :1] * routed_BSD + weight_BS2[..., 1:] * shared_BSD
+        if self.shared_gate is not None:
+            shared_BSD = F.linear(x_BSD, self.shared_gate).sigmoid() * shared_BSD
+        return routed_BSD + shared_BSD
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moe import attention_experts, balance
 from moe.attention_experts import AttentionRouting, RoutedAttention
+from moe.balance_global import GlobalBalance
 from moe.block import Block, BlockOutput
 from moe.cache import KvCache
 from moe.context import Context
@@ -58,7 +59,9 @@ class Transformer(nn.Module):
         sparse = spec.moe_layers()
         ahead = range(spec.n_layers, spec.n_layers + spec.mtp_depth) if spec.n_layers - 1 in sparse else ()
         self.moe_layers = (*sparse, *ahead)
-        self.balance_terms = tuple(term.kind for term in balance.loss_terms(spec.moe.balance)) if spec.moe else ()
+        terms = balance.loss_terms(spec.moe.balance) if spec.moe else ()
+        self.balance_terms = tuple(term.kind for term in terms)
+        self.global_balance = GlobalBalance(terms) if "global_aux" in self.balance_terms else None
         self.embedding = nn.Embedding(spec.vocab_size, spec.d_model)
         self.blocks = nn.ModuleList(Block(spec, index, sparse=index in sparse) for index in range(spec.n_layers))
         self.norm = build_norm(spec, spec.final_norm_eps)
@@ -93,11 +96,16 @@ class Transformer(nn.Module):
         routed = [layer.ffn for layer in layers if layer.ffn is not None]
         attending = [layer.attention for layer in layers if layer.attention is not None]
         losses = [layer.loss for layer in routed] + [layer.loss for layer in attending]
+        stats = _stats(routed, attending)
+        if self.global_balance is not None and stats is not None:
+            value_L = self.global_balance.value(routed, training=self.training)
+            losses.append(self.global_balance.coefficient * value_L.sum())
+            stats = self.global_balance.shown(stats, value_L)
         return Output(
             logits_BSV=logits_BSV if targets_BS is None else None,
             lm_loss=lm_loss,
             balance_loss=torch.stack(losses).sum() if losses else x_BSD.new_zeros((), dtype=torch.float32),
-            stats=_stats(routed, attending),
+            stats=stats,
             mtp_loss=mtp_loss,
             choices=tuple(layer.ffn.choice for layer in layers[: len(self.blocks)] if layer.ffn is not None),
         )
@@ -153,6 +161,11 @@ class Transformer(nn.Module):
             return checkpoint(block, x_BSD, context, use_reentrant=False)  # type: ignore[no-any-return]
         return block(x_BSD, context)  # type: ignore[no-any-return]
 
+    def begin_step(self) -> None:
+        """Called before the first micro-batch of an optimiser step: what balances over whole steps starts anew."""
+        if self.global_balance is not None:
+            self.global_balance.begin_step()
+
     def update_balance(self, stats: RoutingStats) -> None:
         """Move the loss-free biases, in place: once per optimiser step, with the counts of the whole step over all ranks.
 
@@ -187,7 +200,10 @@ def _stats(routed: list[LayerOutput], attending: list[AttentionRouting]) -> Rout
     if not routed:
         return None
     stats = RoutingStats.stacked([layer.stats for layer in routed])
-    return replace(stats, figures={**stats.figures, **attention_experts.figures(attending)}) if attending else stats
+    if not attending:
+        return stats
+    tokens_LE = torch.stack([layer.tokens_E for layer in attending])
+    return replace(stats, attention_tokens_LE=tokens_LE, figures={**stats.figures, **attention_experts.figures(attending)})
 
 
 @torch.no_grad()
@@ -199,7 +215,7 @@ def initialise(model: Transformer) -> None:
             router_std = model.spec.moe.router.init_std if model.spec.moe else 0.0
             parameter.normal_(0.0, router_std if id(parameter) in routers else model.spec.init_std)
     for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
+        if name.endswith(("bias", ".b_in", ".b_out")):
             parameter.zero_()
 
 

@@ -74,6 +74,11 @@ class Moe(Part):
         if self.capacity.overflow == "next_best" and not router.traits.biasable:
             raise ValueError(f"capacity.overflow next_best needs a router that takes the k highest scores, not {router.kind}")
 
+        if self.capacity.padded and self.capacity.kind != "factor":
+            raise ValueError(f"capacity.padded needs capacity.kind factor: {self.capacity.kind} has no capacity to pad to")
+        if self.capacity.overflow == "next_best" and self.capacity.kind != "factor":
+            raise ValueError(f"capacity.overflow next_best needs capacity.kind factor: {self.capacity.kind} has no overflow")
+
     def _balance_fits(self) -> None:
         router = self.router
         kinds = [term.kind for term in self.balance]

@@ -27,11 +27,6 @@ def model_problems(model: Model) -> Iterator[Problem]:
         yield _priced_only("/model/attention/kind", "lightning attention")
     if model.moe is None and model.attention.kind == "gqa" and model.attention.experts is not None:
         yield _priced_only("/model/attention/experts", "routing among attention projections in a model without MoE layers")
-    if model.moe is not None:
-        if model.moe.activation not in (None, model.activation):
-            yield _priced_only("/model/moe/activation", "an activation of the experts other than the model's")
-        if model.moe.bias != "none":
-            yield _priced_only("/model/moe/bias", "biases of the experts")
 
 
 def _priced_only(pointer: str, what: str) -> Problem:

@@ -99,6 +99,7 @@ class Learner:
         """Leaves the gradients of the step's mean loss; returns mean losses and statistics of its micro-batches, detached."""
         micros = self.spec.training.grad_accumulation
         torch.manual_seed(_noise_seed(self.spec.seed, step, self.ranks.rank))
+        self.model.begin_step()
         lm_losses, balance_losses, stats, mtp_losses = [], [], [], []
         for micro in range(micros):
             batch = self.batches.micro_batch(step, micro, micros, self.ranks.rank, self.ranks.size)

@@ -28,7 +28,7 @@ class AdamW:
     """Matrices are decayed, norms, biases and embeddings not; routers have a rate of their own."""
 
     def __init__(self, model: Transformer, spec: Optimizer) -> None:
-        """Moments of zero, float32, beside the parameters."""
+        """Moments of zero, float32, beside the parameters that are trained."""
         self.spec = spec
         self.parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.groups = {
@@ -39,7 +39,7 @@ class AdamW:
         }
         routers = {id(parameter) for parameter in model.router_parameters()}
         for name, parameter in self.parameters.items():
-            plain = parameter.dim() < 2 or name.startswith("embedding.")
+            plain = parameter.dim() < 2 or name.startswith("embedding.") or name.endswith((".b_in", ".b_out"))
             part = ("router_plain" if plain else "router") if id(parameter) in routers else "plain" if plain else "matrix"
             self.groups[part].names.append(name)
         self._mean = {name: torch.zeros_like(parameter) for name, parameter in self.parameters.items()}
