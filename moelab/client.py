@@ -192,6 +192,10 @@ class Client:
         """Tokens of each expert: all layers at one `step`, or one `layer` over a range of steps."""
         return self._block(f"/runs/{run_id}/routing", _given(step=step, layer=layer, points=points) | _given(**{"from": from_step, "to": to_step}))
 
+    def specialisation(self, run_id: int, *, step: int | None = None, layer: int = 0) -> Json:
+        """Which classes of token and which domains each expert of a layer (row of the tensors) took at a validation, the newest by default."""
+        return self._get(f"/runs/{run_id}/specialisation", params=_given(step=step, layer=layer))
+
     def export(self, run_id: int, what: str, to: Path | str | None = None) -> Path:
         """Writes `metrics.parquet|csv|jsonl` or `routing.parquet|npz` to `to` (default `run-<id>-<what>` here) and returns the path."""
         path = Path(to) if to is not None else Path(f"run-{run_id}-{what}")

@@ -17,7 +17,18 @@ import httpx
 import numpy as np
 from websockets.sync.client import ClientConnection, connect
 
-from spec.events import CheckpointSaved, EvalDone, Event, MetricsDeclared, RunEnded, RunStarted, SpikeDetected, StepDone, encode
+from spec.events import (
+    CheckpointSaved,
+    EvalDone,
+    Event,
+    MetricsDeclared,
+    RunEnded,
+    RunStarted,
+    SpecialisationCounted,
+    SpikeDetected,
+    StepDone,
+    encode,
+)
 
 NAMES = ["loss", "lm_loss", "balance/switch_aux", "grad_norm", "lr", "tokens_per_s", "step_ms"]
 NAMES += ["max_vio", "load_cv", "router_entropy", "dead_experts", "dropped_share"]
@@ -87,9 +98,27 @@ class MadeUpRun:
                 step=step, at=time.time(), loss=float(loss), median=1.7, deviation=0.05, score=(float(loss) - 1.7) / 0.05, router=router
             )
         if step % max(self.steps // 5, 1) == 0:
-            yield EvalDone(step=step, at=time.time(), loss=float(loss) + 0.08, by_domain={"code": float(loss) - 0.1, "prose": float(loss) + 0.2})
+            yield EvalDone(
+                step=step,
+                at=time.time(),
+                loss=float(loss) + 0.08,
+                by_domain={"code": float(loss) - 0.1, "prose": float(loss) + 0.2},
+                bits_per_byte=1.44,
+            )
+            yield self._specialisation(step, prob)
             path = f"/var/lib/moelab/runs/{self.run}/checkpoints/step-{step:08d}"
             yield CheckpointSaved(step=step, at=time.time(), path=path, size_bytes=50_331_648, sha256="ab" * 32, seconds=0.4)
+
+    def _specialisation(self, step: int, prob_LE: np.ndarray[Any, Any]) -> SpecialisationCounted:
+        """Each class of token and each domain has a taste of its own, which grows with the steps."""
+        groups = {"classes": {"keyword": 900, "name": 8000, "operator": 2500, "space": 7000}, "domains": {"code": 9000, "prose": 9400}}
+        tokens = {}
+        for name, group in groups.items():
+            taste = np.random.default_rng(len(group)).normal(0, 2 * step / self.steps, (*prob_LE.shape, len(group)))
+            shares = prob_LE[:, :, None] * np.exp(taste)
+            shares *= self.top_k / shares.sum(1, keepdims=True)
+            tokens[name] = (np.minimum(shares, 1) * np.array(list(group.values()))).astype(np.uint32)
+        return SpecialisationCounted(step, time.time(), groups["classes"], groups["domains"], tokens["classes"], tokens["domains"])
 
     def _layer(self, row: int, ratio: np.ndarray[Any, Any], entropy: float) -> dict[str, float]:
         """What a spike says of one layer."""

@@ -30,6 +30,7 @@ PAGES += [
     "/tokens",
     "/api/v1/docs",
     "/runs/{run}",
+    "/runs/{run}#specialisation",
     "/runs/{run}#timeline",
     "/runs/{run}#checkpoints",
     "/runs/{run}#spec",
@@ -91,7 +92,23 @@ def test_the_keyboard_reaches_the_content_and_shows_where_it_is(live: Live, open
     assert order == sorted(order, key=seen.index) and "routing-canvas" in seen
     page.get_by_role("tab", name="Live").focus()
     page.keyboard.press("ArrowRight")
-    expect(page.get_by_role("tabpanel", name="Timeline")).to_be_visible()
+    expect(page.get_by_role("tabpanel", name="Specialisation")).to_be_visible()
+
+
+def test_specialisation_follows_the_layer_and_the_validation(live: Live, open_page: Opened, runs: dict[str, int]) -> None:
+    page = open_page(f"/runs/{runs['other']}#specialisation")
+    table = page.get_by_role("region", name="Class of token")
+    first = table.inner_text()
+    assert "keyword" in first
+    page.locator(".specialisation select[name=layer]").select_option(index=1)
+    expect(table).not_to_have_text(first, use_inner_text=True)
+    told = live.client.specialisation(runs["other"], layer=1)
+    assert (told["step"], told["layer"]) == (50, 1)
+    shown = [f"{100 * share:.3g} %" for share in told["classes"][0]["expert_share"]]
+    assert table.locator("tbody tr td:first-of-type").all_inner_texts() == shown
+    second = table.inner_text()
+    page.locator(".specialisation select[name=step]").select_option(index=4)
+    expect(table).not_to_have_text(second, use_inner_text=True)
 
 
 def test_the_theme_stays_chosen(live: Live, open_page: Opened) -> None:
