@@ -59,7 +59,8 @@ def scaled(inverse_F: Tensor, scaling: RopeScaling, theta: float, most: int) -> 
         return inverse_F / scaling.factor, 1.0
     if scaling.kind == "llama3":
         turns_F = scaling.trained_len * inverse_F / (2 * math.pi)
-        kept_F = ((turns_F - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0, 1)
+        ramp = max(scaling.high_freq_factor - scaling.low_freq_factor, 1e-9)  # Llama 4 Scout has a step instead: 1 and 1
+        kept_F = ((turns_F - scaling.low_freq_factor) / ramp).clamp(0, 1)
         return inverse_F * (kept_F + (1 - kept_F) / scaling.factor), 1.0
     if scaling.kind == "yarn":
         stretched_F = _ramp(scaling, theta, inverse_F)

@@ -82,7 +82,7 @@ class Client:
         return self._post("/price", _described(spec, preset, overrides))
 
     def import_config(self, config: Mapping[str, Any]) -> Json:
-        """{family, spec, price, problems} of a published model's config.json; an ApiError of status 422 names the fields at fault."""
+        """{family, spec, price, problems, notes} of a published model's config.json; an ApiError of status 422 names the fields at fault."""
         return self._post("/import-config", dict(config))
 
     def submit(

@@ -135,8 +135,8 @@ class Llama3Scaling(Part):
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
-        if self.high_freq_factor <= self.low_freq_factor:
-            raise ValueError(f"high_freq_factor {self.high_freq_factor} must be > low_freq_factor {self.low_freq_factor}")
+        if self.high_freq_factor < self.low_freq_factor:
+            raise ValueError(f"high_freq_factor {self.high_freq_factor} must be >= low_freq_factor {self.low_freq_factor}")
         return self
 
 

@@ -13,7 +13,7 @@ from experiments.api.endpoint import Endpoint
 from experiments.api.problems import FieldError, refused
 from spec import trainable
 from spec.accounting import price
-from spec.huggingface import ConfigError, experiment_of, family_of
+from spec.huggingface import ConfigError, experiment_of, family_of, read_model
 
 
 class HuggingFaceConfig(BaseModel):
@@ -25,12 +25,13 @@ class HuggingFaceConfig(BaseModel):
 
 
 class ImportedConfig(BaseModel):
-    """The experiment, what it costs, and what of it cannot be trained here; empty `problems` mean that all of it can."""
+    """The experiment, what it costs, and what of it cannot be trained here (`problems`); `notes` say what is left behind."""
 
     family: str
     spec: dict[str, Any]
     price: dict[str, Any]
     problems: list[FieldError]
+    notes: list[str]
 
 
 class ImportConfig(Endpoint):
@@ -41,9 +42,10 @@ class ImportConfig(Endpoint):
         """Reads a config.json (Mixtral, OLMoE, Qwen, DeepSeek, DBRX, Llama 4, gpt-oss and others) as a spec, without its weights."""
         config = self.body(HuggingFaceConfig).model_dump()
         try:
-            family, spec = family_of(config), experiment_of(config)
+            family, spec, (_, notes) = family_of(config), experiment_of(config), read_model(config)
         except ConfigError as error:
             raise refused(error.problems) from error
         found = [FieldError(pointer=problem.pointer, detail=problem.detail) for problem in trainable.problems(spec)]
-        answer = ImportedConfig(family=family.model_type, spec=spec.model_dump(mode="json"), price=price(spec).model_dump(), problems=found)
+        plain, cost = spec.model_dump(mode="json"), price(spec).model_dump()
+        answer = ImportedConfig(family=family.model_type, spec=plain, price=cost, problems=found, notes=notes)
         return Response(answer.model_dump(exclude_none=True))

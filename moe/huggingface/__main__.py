@@ -69,13 +69,13 @@ def _report(options: argparse.Namespace) -> Report:
     from moe.huggingface.report import Report
     from moe.huggingface.source import Source, read_config
     from moe.model import build_model
-    from spec.huggingface import family_of, model_of
+    from spec.huggingface import family_of, read_model
 
     config = read_config(options.directory)
-    spec = model_of(config)
+    spec, notes = read_model(config)
     with torch.device("meta"):
         shapes = {name: tuple(tensor.shape) for name, tensor in build_model(spec).state_dict().items()}
-    report = Report(family_of(config).model_type)
+    report = Report(family_of(config).model_type, notes=notes)
     for _ in joined(Source(options.directory), spec, config, shapes, report):
         pass
     return report

@@ -15,7 +15,7 @@ from moe.huggingface.report import Line, Report
 from moe.huggingface.source import Source, WeightsError, read_config
 from moe.model import Transformer
 from spec.diff import diff
-from spec.huggingface import family_of, model_of
+from spec.huggingface import family_of, read_model
 from spec.huggingface.evaluated import evaluated
 from spec.model import Model
 
@@ -33,9 +33,10 @@ def load(directory: Path, model: Transformer) -> Report:
     than the configuration says, or where a tensor is missing, left over, of another shape or quantised.
     """
     config = read_config(directory)
-    _check_same(model.spec, model_of(config))
+    described, notes = read_model(config)
+    _check_same(model.spec, described)
     state = model.state_dict()
-    report = Report(family_of(config).model_type)
+    report = Report(family_of(config).model_type, notes=notes)
     with torch.no_grad():
         for name, tensor in joined(Source(directory), model.spec, config, {key: value.shape for key, value in state.items()}, report):
             state[name].copy_(tensor)

@@ -59,17 +59,20 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run_import(args: argparse.Namespace) -> int:
     from spec import yaml_text
-    from spec.huggingface import ConfigError, experiment_of
+    from spec.huggingface import ConfigError, experiment_of, read_model
 
     path: Path = args.directory
     file = path / "config.json" if path.is_dir() else path
     tokenizer = file.absolute().parent / "tokenizer.json"
+    config = _config(file)
     try:
-        spec = experiment_of(_config(file), file.absolute().parent.name, str(tokenizer) if tokenizer.is_file() else None)
+        spec = experiment_of(config, file.absolute().parent.name, str(tokenizer) if tokenizer.is_file() else None)
     except ConfigError as error:
         for problem in error.problems:
             print(problem, file=sys.stderr)
         return exit_code.USAGE
+    for note in read_model(config)[1]:
+        print(note, file=sys.stderr)
     print(yaml_text.dump(spec), end="")
     if args.weights is None:
         return exit_code.OK

@@ -33,7 +33,7 @@ from spec.model import Model
 from spec.problems import Problem, from_validation_error, pointer
 from spec.text import storable_text
 
-__all__ = ["FAMILIES", "ConfigError", "Family", "config_of", "experiment_of", "family_of", "model_of"]
+__all__ = ["FAMILIES", "ConfigError", "Family", "config_of", "experiment_of", "family_of", "model_of", "read_model"]
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -68,12 +68,17 @@ def family_of(config: Mapping[str, Any]) -> Family:
 
 def model_of(config: Mapping[str, Any]) -> Model:
     """The model that a config.json describes. Raises ConfigError, naming every field that cannot be carried over."""
+    return read_model(config)[0]
+
+
+def read_model(config: Mapping[str, Any]) -> tuple[Model, list[str]]:
+    """`model_of`, and what is left behind because it belongs to training alone."""
     family = family_of(config)
     reader = Reader(text_config(config))
     plain = family.read(reader)
     reader.finish()
     try:
-        return Model.model_validate(plain)
+        return Model.model_validate(plain), reader.notes
     except ValidationError as error:
         raise ConfigError([Problem("", _told(item)) for item in error.errors(include_url=False)]) from error
 

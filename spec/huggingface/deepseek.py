@@ -130,7 +130,7 @@ def _read_v3(config: Reader) -> Plain:
     config.must_be("norm_topk_prob", True, True, "the spec's sigmoid router always divides the gates by their sum")
     config.flag("rope_interleave", True)  # only the order of rows on the disk
     for key in ("num_nextn_predict_layers", "num_mtp_layers"):
-        config.value(key)  # their extra block reads the stream after the last norm, ours before: weights and depth do not carry over
+        config.leave(key, "their extra block reads the stream after the last norm, ours before it, so that its weights do not carry over")
     aux = config.number("router_aux_loss_coef", 0.0)
     return {
         **trunk,

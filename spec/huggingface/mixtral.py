@@ -54,7 +54,7 @@ def _write_mixtral(model: Model, max_len: int) -> Plain:
 
 
 def _read_phimoe(config: Reader) -> Plain:
-    config.must_be_off("input_jitter_noise", "it shakes the experts' input as well as the router's")
+    config.leave("input_jitter_noise", "in training it shakes the experts' input as well as the router's, for which the spec has no field")
     config.must_be_off("hidden_dropout", "it drops the embeddings as well")
     bias = config.flag("attention_bias", False)
     heads = read_heads(config, kv_heads=8)

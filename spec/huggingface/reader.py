@@ -47,6 +47,7 @@ class Reader:
         self._at = at
         self._left = {key for key, value in config.items() if value is not None and key not in HARMLESS}
         self.problems: list[Problem] = []
+        self.notes: list[str] = []
 
     def __contains__(self, key: str) -> bool:
         return self._config.get(key) is not None
@@ -110,7 +111,7 @@ class Reader:
         if not isinstance(found, Mapping):
             raise self.error(key, "should be a mapping of fields")
         part = Reader(found, *self._at, key)
-        part.problems = self.problems
+        part.problems, part.notes = self.problems, self.notes
         return part
 
     def must_be(self, key: str, allowed: Any, default: Any, why: str) -> None:
@@ -124,6 +125,12 @@ class Reader:
         found = self.value(key)
         if found:
             self.refuse(key, f"{found!r} is not supported: {why}")
+
+    def leave(self, key: str, why: str) -> None:
+        """Notes that a field with a value is left behind: it does not touch what the model computes in evaluation."""
+        found = self.value(key)
+        if found:
+            self.notes.append(f"{key} {found} is left behind: {why}")
 
     def refuse(self, key: str, detail: str) -> None:
         """Notes that the value of `key` cannot be carried over."""

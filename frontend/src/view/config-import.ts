@@ -4,7 +4,7 @@ import { isObject, type Plain, type PlainObject } from "../data/paths";
 import { byId } from "./dom";
 import { tellError } from "./toast";
 
-type Imported = { family: string; spec: PlainObject; problems: { pointer: string; detail: string }[] };
+type Imported = { family: string; spec: PlainObject; problems: { pointer: string; detail: string }[]; notes: string[] };
 
 /** `use` takes the spec that the server has made of it. */
 export function initConfigImport(use: (spec: PlainObject) => void): void {
@@ -31,7 +31,7 @@ export function initConfigImport(use: (spec: PlainObject) => void): void {
       const imported = await change<Imported>("POST", "/import-config", config);
       use(imported.spec);
       const untrained = imported.problems.map(({ detail }) => detail).join(" · ");
-      say(untrained ? `Read as ${imported.family}. Not trained here: ${untrained}` : `Read as ${imported.family}.`);
+      say([`Read as ${imported.family}.`, untrained && `Not trained here: ${untrained}`, ...imported.notes].filter(Boolean).join(" "));
     } catch (error) {
       if (!(error instanceof ApiError) || error.problem.status >= 500) return tellError(error);
       const problems = error.problem.errors ?? [];

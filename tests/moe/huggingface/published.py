@@ -36,6 +36,13 @@ def _deepseek(version: str, **changes: Any) -> nn.Module:
     return _build(f"Deepseek{version}", **DEEPSEEK | changes)
 
 
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 32, "low_freq_factor": 1.0}
+LONG = {
+    **{"rope_type": "longrope", "rope_theta": 5000.0, "short_factor": [1.0, 1.5, 2.0, 3.0], "long_factor": [2.0] * 4},
+    **{"short_mscale": 1.2, "long_mscale": 1.3, "original_max_position_embeddings": 48, "factor": 1.5},
+}
+LLAMA4 = {"num_hidden_layers": 4, "bos_token_id": None, "eos_token_id": None, "rope_parameters": {**LLAMA3, "high_freq_factor": 1.0}}
+SHARED = {"num_experts": 6, "shared_expert_intermediate_size": 40, "num_key_value_heads": 2}
 V3 = {"n_group": 3, "topk_group": 2, "norm_topk_prob": True}
 
 FAMILIES: dict[str, Callable[[], nn.Module]] = {
@@ -46,16 +53,16 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     ),
     "llama 3.1": lambda: _build(
         "Llama", intermediate_size=48, head_dim=16,
-        **PLAIN | {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}},
+        **PLAIN | {"rope_parameters": {**LLAMA3, "high_freq_factor": 4.0}},
     ),
     "mistral": lambda: _build("Mistral", intermediate_size=48, num_key_value_heads=2, head_dim=16, sliding_window=8, **PLAIN),
     "qwen2": lambda: _build("Qwen2", intermediate_size=48, num_key_value_heads=2, **PLAIN),
     "qwen3": lambda: _build("Qwen3", intermediate_size=48, num_key_value_heads=2, head_dim=16, **PLAIN),
     "mixtral": lambda: _build("Mixtral", intermediate_size=24, num_local_experts=6, num_experts_per_tok=2, num_key_value_heads=2, **PLAIN),
     "olmoe": lambda: _build("Olmoe", intermediate_size=24, num_experts=6, num_experts_per_tok=2, num_key_value_heads=2, **PLAIN),
-    "qwen2_moe": lambda: _build("Qwen2Moe", num_experts=6, shared_expert_intermediate_size=40, num_key_value_heads=2, mlp_only_layers=[0], **PLAIN, **EXPERTS),
+    "qwen2_moe": lambda: _build("Qwen2Moe", mlp_only_layers=[0], **SHARED, **PLAIN, **EXPERTS),
     "qwen2_moe, windows": lambda: _build(
-        "Qwen2Moe", num_experts=6, shared_expert_intermediate_size=40, num_key_value_heads=2, use_sliding_window=True, sliding_window=8,
+        "Qwen2Moe", **SHARED, use_sliding_window=True, sliding_window=8,
         decoder_sparse_step=2, **PLAIN, **EXPERTS,
     ),
     "qwen3_moe": lambda: _build("Qwen3Moe", num_experts=6, num_key_value_heads=2, head_dim=16, norm_topk_prob=True, **PLAIN, **EXPERTS),
@@ -71,7 +78,7 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
         ffn_config={"ffn_hidden_size": 24, "moe_num_experts": 6, "moe_top_k": 2, "ffn_act_fn": {"name": "silu"}},
     ),
     "llama4": lambda: _build(
-        "Llama4", "Llama4Text", **PLAIN | {"num_hidden_layers": 4, "bos_token_id": None, "eos_token_id": None}, intermediate_size=24, intermediate_size_mlp=48, num_local_experts=6,
+        "Llama4", "Llama4Text", **PLAIN | LLAMA4, intermediate_size=24, intermediate_size_mlp=48, num_local_experts=6,
         num_experts_per_tok=2, num_key_value_heads=2, head_dim=8, interleave_moe_layer_step=2, no_rope_layer_interval=2, attention_chunk_size=8,
         floor_scale=4,
     ),
@@ -82,7 +89,7 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "phimoe": lambda: _build(
         "Phimoe", intermediate_size=24, num_local_experts=6, num_experts_per_tok=2, num_key_value_heads=2, attention_bias=True, lm_head_bias=True,
         sliding_window=8,
-        **PLAIN | {"rope_parameters": {"rope_type": "longrope", "rope_theta": 5000.0, "short_factor": [1.0, 1.5, 2.0, 3.0], "long_factor": [2.0] * 4, "short_mscale": 1.2, "long_mscale": 1.3, "original_max_position_embeddings": 48, "factor": 1.5}},
+        **PLAIN | {"rope_parameters": LONG},
     ),
     "jetmoe": lambda: _build(
         "JetMoe", intermediate_size=24, num_local_experts=6, num_experts_per_tok=2, num_key_value_heads=2, kv_channels=8,

@@ -65,10 +65,9 @@ def explicit(model: Model) -> Model:
 def their_choices(model: nn.Module) -> list[tuple[Tensor, Tensor | None]]:
     """Filled on each forward pass with each MoE layer's (experts, gates): what the experts are called with, or the k best logits."""
     seen: list[tuple[Tensor, Tensor | None]] = []
-    kind = model.config.model_type
+    kind, top_k = model.config.model_type, getattr(model.config, "num_experts_per_tok", 0)
     for name, module in model.named_modules():
         if kind == "llama4_text" and name.endswith("feed_forward.router"):
-            top_k = model.config.num_experts_per_tok
             module.register_forward_hook(lambda _, args, out: seen.append((out[1].topk(top_k).indices, out[1].topk(top_k).values.sigmoid())))
         elif kind == "jetmoe" and name.endswith("mlp.router"):
             module.register_forward_hook(lambda _, args, out: seen.append((out[4].topk(2).indices, out[4].topk(2).values.softmax(-1))))

@@ -99,7 +99,7 @@ def test_deepseeks_scale_of_the_scores() -> None:
 @pytest.mark.parametrize(
     ("scaling", "problem"),
     [
-        ({"kind": "llama3", "low_freq_factor": 4, "high_freq_factor": 4}, "high_freq_factor 4.0 must be > low_freq_factor 4.0"),
+        ({"kind": "llama3", "low_freq_factor": 4, "high_freq_factor": 3}, "high_freq_factor 3.0 must be >= low_freq_factor 4.0"),
         ({"kind": "yarn", "beta_fast": 1, "beta_slow": 2}, "beta_fast 1.0 must be > beta_slow 2.0"),
         ({"kind": "longrope", "short_factor": [1.0] * 16, "long_factor": [1.0] * 15}, "long_factor has 15 numbers, short_factor 16"),
         ({"kind": "longrope", "short_factor": [1.0] * 8, "long_factor": [1.0] * 8}, "has 8 numbers; 32 rotated dimensions need 16"),
