@@ -8,6 +8,7 @@ Legend: B sequences, S seq_len, N windows, M domains.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -134,7 +135,7 @@ class Batches:
         return ends_BS.cumsum(1) - ends_BS
 
 
-def domain_weights(domains: list[Domain]) -> NDArray[np.float64] | None:
+def domain_weights(domains: Sequence[Domain]) -> NDArray[np.float64] | None:
     """float64[M] that add up to one; None where the domains have no weights."""
     if any(domain.weight is None for domain in domains):
         return None

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moe.train.batches import domain_weights
 from moe.train.corpus import Domain
 
 REACH = 2  # A neighbour is at most this many places away, before or after.
@@ -21,12 +22,19 @@ _PAIRS = 262_144  # Rows that are projected at a time, so that memory stays at _
 
 
 def token_frequency(domains: Sequence[Domain], vocab_size: int) -> NDArray[np.int64]:
-    """int64[V]: occurrences of each token in the training streams of `domains`. Raises ValueError for tokens beyond `vocab_size`."""
-    count_V = np.zeros(vocab_size, np.int64)
-    for domain in domains:
+    """int64[V]: occurrences of each token in the training streams of `domains`, in the proportions in which weighted domains are read.
+
+    Raises ValueError for tokens beyond `vocab_size`.
+    """
+    total = sum(len(domain.training) for domain in domains)
+    weights = domain_weights(domains)
+    frequency_V = np.zeros(vocab_size)
+    for index, domain in enumerate(domains):
+        count_V = np.zeros(vocab_size, np.int64)
         for start in range(0, len(domain.training), 16 * _BLOCK):
             count_V += _counts(domain.training[start : start + 16 * _BLOCK], vocab_size)
-    return count_V
+        frequency_V += count_V * (1.0 if weights is None else weights[index] * total / len(domain.training))
+    return frequency_V.round().astype(np.int64)
 
 
 def neighbour_vectors(domains: Sequence[Domain], vocab_size: int, width: int, seed: int) -> NDArray[np.float32]:

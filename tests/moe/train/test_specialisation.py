@@ -110,6 +110,42 @@ def test_a_validation_counts_what_a_loop_counts(kind: str, tmp_path: Path) -> No
         assert counted.class_tokens.sum() == 2 * 2 * sum(counted.classes.values())
 
 
+def test_ranks_share_a_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = start("weights", tmp_path / "run")
+    sums: list[torch.Tensor] = []
+    monkeypatch.setattr(Ranks, "gather", lambda self, own: (sums.append(own), own[None])[1])
+    for rank, size in ((0, 1), (0, 2), (1, 2)):
+        ranks = Ranks(rank, size, torch.device("cpu"))
+        learner = run.learner
+        shared = {"sequences": 7, "micro_batch": 2, "autocast": learner.autocast, "interrupted": lambda: False, "specialisation": True}
+        assert validate(learner.model, learner.batches, ranks=ranks, **shared)
+    torch.testing.assert_close(sums[1] + sums[2], sums[0], rtol=1e-6, atol=1e-6)
+
+
+ROUTERS: list[dict[str, Any]] = [
+    {"kind": "expert_choice"},
+    {"kind": "hash"},
+    {"kind": "random"},
+    {"kind": "all_experts"},
+    {"kind": "gshard"},
+]
+
+
+@pytest.mark.parametrize("router", ROUTERS, ids=lambda router: router["kind"])
+def test_every_kind_of_router_is_counted(router: dict[str, Any], tmp_path: Path) -> None:
+    top_k = 4 if router["kind"] == "all_experts" else 2
+    moe = {"n_experts": 4, "top_k": top_k, "d_expert": 32, "router": router, "balance": []}
+    model = {**tiny().model.model_dump(exclude_unset=True), "moe": moe, "mtp_depth": 1}
+    run = Run(tiny(model=model, training={"steps": 1, "batch_size": 4, "eval_every": 0, "eval_batches": 1}), tmp_path / "run")
+    run.go()
+    (counted,) = [event for event in run.events if isinstance(event, events.SpecialisationCounted)]
+    tokens = sum(counted.classes.values())
+    assert counted.class_tokens.shape == (3, 4, len(CLASSES))
+    taken = counted.class_tokens.sum((1, 2))
+    assert taken[:2].tolist() == [top_k * tokens] * 2
+    assert not taken[2], "the extra prediction's block sees other tokens"
+
+
 @pytest.mark.parametrize("kind", SPECS)
 def test_a_run_of_each_kind_trains_and_tells(kind: str, tmp_path: Path) -> None:
     run = start(kind, tmp_path / "run")

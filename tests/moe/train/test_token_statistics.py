@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 
 import numpy as np
@@ -25,6 +26,12 @@ def domains() -> list[Domain]:
 def test_frequency_counts_every_training_token(domains: list[Domain]) -> None:
     expected = Counter(token for part in domains for token in part.training.tolist())
     assert token_frequency(domains, 40).tolist() == [expected[token] for token in range(40)]
+
+
+def test_frequency_follows_the_weights(domains: list[Domain]) -> None:
+    weighted = [dataclasses.replace(part, weight=weight) for part, weight in zip(domains, (1.0, 3.0), strict=True)]
+    counts = [np.bincount(part.training, minlength=40) / len(part.training) for part in domains]
+    np.testing.assert_allclose(token_frequency(weighted, 40), 1001 * (0.25 * counts[0] + 0.75 * counts[1]), atol=0.5)
 
 
 def test_vectors_are_projected_roots_of_neighbour_counts(domains: list[Domain], monkeypatch: pytest.MonkeyPatch) -> None:
