@@ -83,11 +83,16 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype) -> Ten
 
 
 def implementations(
-    device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, *, biased: bool = False, padded: bool = False
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    biased: bool = False,
+    padded: bool = False,
+    masked: bool = False,
 ) -> dict[str, str]:
     """Operation to the implementation that runs it on `device` for products in `dtype`; shown on the run page.
 
-    `biased`: the experts have biases; `padded`: they run over exactly their capacity.
+    `biased`: the experts have biases; `padded`: they run over exactly their capacity; `masked`: some attention is not plainly causal.
     """
     kind = torch.device(device).type
     ours = kind == "cpu"
@@ -95,5 +100,6 @@ def implementations(
         "expert_ffn": _expert_ffn(kind, dtype, training=True, biased=biased, padded=padded),
         "expert_ffn (evaluation)": _expert_ffn(kind, dtype, training=False, biased=biased, padded=padded),
         "attention": "cpu" if ours and dtype == torch.bfloat16 else "sdpa",
+        **({"attention (masked)": "blocks"} if masked else {}),
         "rms_norm": "cpu" if ours else "torch",
     }

@@ -56,7 +56,8 @@ class GroupedAttention(nn.Module):
         if self.rotates:
             q, k = context.rope.rotate(q), context.rope.rotate(k)
             return (l2_norm(q, self.eps), l2_norm(k, self.eps), v) if kind == "l2" else (q, k, v)
-        return (q * temperature(context.start, q, self.spec.temperature_floor) if self.spec.temperature_floor else q), k, v
+        floor = self.spec.temperature_floor
+        return ((q * temperature(context.start, q, floor)).to(q.dtype) if floor else q), k, v
 
     def attend(self, q_BSHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, sink_H: Tensor | None, context: Context) -> Tensor:
         """Attention to what the cache keeps and the new positions, [B, S, H * C]; then these are kept too."""
@@ -85,6 +86,6 @@ class GroupedQueryAttention(GroupedAttention):
 
 
 def temperature(start: int, q_BSHC: Tensor, floor: int) -> Tensor:
-    """1 + 0.1 ln(floor((position + 1) / floor) + 1), [S, 1, 1]: sharper attention far from the start (Llama 4)."""
+    """1 + 0.1 ln(floor((position + 1) / floor) + 1), float32[S, 1, 1]: sharper attention far from the start (Llama 4)."""
     position_S = torch.arange(start + 1, start + q_BSHC.shape[1] + 1, device=q_BSHC.device)
-    return (1 + 0.1 * torch.log1p((position_S // floor).float())).to(q_BSHC.dtype)[:, None, None]
+    return (1 + 0.1 * torch.log1p((position_S // floor).float()))[:, None, None]

@@ -40,6 +40,10 @@ def check_size(spec: ExperimentSpec, *, max_params: float, max_layers: int = MAX
     if sparse * experts > MAX_ROUTING_CELLS:
         detail = f"{sparse:,} MoE layers x {experts:,} experts = {sparse * experts:,} token counts a step > limit {MAX_ROUTING_CELLS:,}"
         problems.append(Problem("/model/moe/n_experts", f"n_experts: {detail}"))
+    routed = model.attention.experts.n_experts if model.attention.kind == "gqa" and model.attention.experts else 0
+    if layers * routed > MAX_ROUTING_CELLS:
+        detail = f"{layers:,} layers x {routed:,} attention experts = {layers * routed:,} token counts a step > limit {MAX_ROUTING_CELLS:,}"
+        problems.append(Problem("/model/attention/experts/n_experts", f"n_experts: {detail}"))
     if max_bytes_per_device is not None and cost.bytes.total_per_device > max_bytes_per_device:
         detail = f"{bytes_text(cost.bytes.total_per_device)} on one device, {bytes_text(cost.bytes.activations)} of it activations"
         problems.append(Problem("/training/batch_size", f"batch_size: {detail} > limit {bytes_text(max_bytes_per_device)}"))

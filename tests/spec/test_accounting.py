@@ -142,6 +142,14 @@ def test_more_routing_counts_than_a_frame_holds_are_refused() -> None:
     assert found["/model/moe/n_experts"] == "n_experts: 20 MoE layers x 8,192 experts = 163,840 token counts a step > limit 131,072"
 
 
+def test_more_counts_of_attention_experts_than_a_frame_holds_are_refused() -> None:
+    attention = {"kind": "gqa", "n_heads": 1, "n_kv_heads": 1, "experts": {"n_experts": 4096}}
+    found = dict(refused({"n_layers": 40, "d_model": 8, "attention": attention, "moe": {"d_expert": 1}}))
+    assert found["/model/attention/experts/n_experts"] == (
+        "n_experts: 40 layers x 4,096 attention experts = 163,840 token counts a step > limit 131,072"
+    )
+
+
 def test_memory_of_a_device_is_a_limit_where_it_is_known() -> None:
     spec = ExperimentSpec.model_validate({"training": {"batch_size": 1_048_576}})
     assert check_size(spec, max_params=2e9) == []

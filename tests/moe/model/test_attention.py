@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moe.attention import build_attention
+from kernels.dispatch import implementations
+from moe.attention import build_attention, is_masked
 from moe.attention_experts import AttentionRouting, RoutedAttention, figures
 from moe.context import Context
 from moe.rope import Rope, rotated_width
@@ -245,3 +246,19 @@ def test_routing_needs_experts() -> None:
 def test_temperature_needs_layers_without_positions() -> None:
     with pytest.raises(ValueError, match="set nope_every"):
         described(GQA | {"temperature_floor": 4})
+
+
+@pytest.mark.parametrize(
+    ("attention", "changes", "masked"),
+    [
+        (GQA, {}, False),
+        (GQA | {"qk_norm": "head", "clip_qkv": 8.0, "nope_every": 2}, {"rope_scaling": {"kind": "yarn"}}, False),
+        (GQA | {"sinks": True}, {}, True),
+        (GQA | {"sliding_window": 4}, {}, True),
+        (GQA | {"chunk": 4}, {}, True),
+        (MLA, {"rope_scaling": {"kind": "yarn", "mscale": 1, "mscale_all_dim": 1}}, True),
+    ],
+)
+def test_the_run_page_is_told_where_attention_is_masked(attention: dict[str, Any], changes: dict[str, Any], masked: bool) -> None:
+    told = implementations(masked=is_masked(described(attention, **changes)))
+    assert told.get("attention (masked)") == ("blocks" if masked else None)

@@ -17,13 +17,18 @@ from moe.attention_experts import RoutedAttention
 from moe.context import Context
 from moe.rope import Rope, rotated_width
 from spec.model import Model
-from tests.moe.model.test_transformers import neighbours
 
 transformers = pytest.importorskip("transformers")
 
 LENGTH = 40
 SIZES = {"vocab_size": 264, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
 YARN = {"rope_type": "yarn", "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False, "original_max_position_embeddings": 16}
+
+
+def neighbours(rows: Tensor, head_dim: int) -> Tensor:
+    """Reorder the first axis of each head from (i, i + C/2) pairs to neighbours."""
+    order = torch.arange(head_dim).view(2, -1).t().flatten()
+    return rows.unflatten(0, (-1, head_dim))[:, order].flatten(0, 1)
 
 
 def theirs(name: str, **config: Any) -> nn.Module:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe.cache import KvCache
+from moe.cache import KvCache, LayerCache
 from moe.model import Transformer, build_model
 from spec.accounting import price
 from spec.experiment import ExperimentSpec
@@ -102,6 +102,24 @@ def test_a_token_costs_what_the_accountant_says(name: str, precision: str) -> No
         in_pieces(built, tokens(3, 17), [10, 1, 6], cache)
     assert cache.position == 17
     assert cache.size_bytes == 3 * 17 * price(spec).kv_cache_bytes_per_token
+
+
+@pytest.mark.parametrize("name", ["window and sinks", "chunks", "yarn"])
+def test_a_sequence_needs_at_most_what_the_accountant_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The most that each layer works with at a time, token by token."""
+    built = model(**LIMITED[name][0])
+    spec = ExperimentSpec.model_validate({"model": built.spec.model_dump(), "data": {"seq_len": 24}})
+    most: dict[LayerCache, int] = {}
+    extend = LayerCache.extend
+
+    def noted(self: LayerCache, start: int, new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        whole = extend(self, start, new)
+        most[self] = max(most.get(self, 0), sum(tensor.numel() * tensor.element_size() for tensor in whole))
+        return whole
+
+    monkeypatch.setattr(LayerCache, "extend", noted)
+    in_pieces(built, tokens(1, 24), [1] * 24, built.new_cache(1, 24))
+    assert sum(most.values()) == price(spec).kv_cache_bytes_per_sequence
 
 
 def test_a_latent_cache_holds_the_latent_and_one_rotated_key() -> None:
