@@ -274,6 +274,9 @@ class Client:
         """The run's generations without their texts, newest first."""
         return self._pages(f"/runs/{run_id}/generations", {}, limit)
 
+    def delete_generation(self, run_id: int, generation_id: int) -> None:
+        self.http.request("DELETE", f"/runs/{run_id}/generations/{generation_id}")
+
     # ----- the rest of the house
 
     def workers(self) -> list[Json]:

@@ -157,10 +157,20 @@ class OneGeneration(Endpoint):
     @extend_schema(operation_id="get_generation", responses=GenerationResource)
     def get(self, request: Request, run_id: int, generation_id: int) -> Response:
         """With the text and its routing, once it has succeeded."""
+        found = self._found(run_id, generation_id)
+        return Response({**summary(found), "result": found.result})
+
+    @extend_schema(operation_id="delete_generation", responses={204: None})
+    def delete(self, request: Request, run_id: int, generation_id: int) -> Response:
+        """Forgets it; a worker that is at it stops."""
+        self._found(run_id, generation_id).delete()
+        return Response(status=204)
+
+    def _found(self, run_id: int, generation_id: int) -> Generation:
         found = self.run(run_id).generations.select_related("creator", "worker").filter(pk=min(generation_id, 2**63 - 1)).first()
         if found is None:
             raise Http404
-        return Response({**summary(found), "result": found.result})
+        return found
 
 
 def _digest(run: Run, body: GenerateBody) -> str:

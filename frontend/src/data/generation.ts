@@ -52,13 +52,20 @@ export async function follow(run: number, id: number, tell: (generation: Generat
   }
 }
 
-/** Tokens of each [layer, expert] over the last steps of training up to `step`; null where nothing was recorded. */
-export async function trainingLoad(run: number, step: number, cells: number): Promise<Float64Array | null> {
-  const from = Math.max(1, step - TRAINING_STEPS + 1);
-  const counts = decodeSteps(await getBlock(`/runs/${run}/steps?from=${from}&to=${step}&points=2000&scalars=&tensors=expert_tokens`)).tensors.expert_tokens;
-  if (!counts || counts.data.length < cells || counts.data.length % cells) return null;
-  const sums = new Float64Array(cells);
-  for (let i = 0; i < counts.data.length; i++) sums[i % cells] += counts.data[i];
+/** Tokens of each [layer, expert] that `written` names, over the last steps of training up to its checkpoint; null where nothing was recorded. */
+export async function trainingLoad(run: number, written: Written): Promise<Float64Array | null> {
+  const from = Math.max(1, written.step - TRAINING_STEPS + 1);
+  const rows = decodeSteps(await getBlock(`/runs/${run}/steps?from=${from}&to=${written.step}&points=2000&scalars=&tensors=expert_tokens`));
+  const counts = rows.tensors.expert_tokens;
+  const experts = written.n_experts;
+  if (!counts?.data.length || counts.shape[2] !== experts) return null;
+  const sums = new Float64Array(written.moe_layers.length * experts);
+  for (const [row, layer] of written.moe_layers.entries()) {
+    // Training may know more layers than write: those that predict further ahead.
+    const at = rows.moe_layers.indexOf(layer);
+    if (at < 0) return null;
+    for (let i = 0; i < counts.shape[0]; i++) for (let e = 0; e < experts; e++) sums[row * experts + e] += counts.data[(i * counts.shape[1] + at) * experts + e];
+  }
   return sums;
 }
 

@@ -1,5 +1,5 @@
 /** The page that writes text with a run's checkpoint: asks, looks until it is there, and shows which experts took each token. */
-import { ApiError } from "../data/api";
+import { ApiError, change } from "../data/api";
 import { ask, follow, isPending, trainingLoad, type Generation, type Written } from "../data/generation";
 import type { Run } from "../data/types";
 import { all, byId, el, pageData, setText } from "../view/dom";
@@ -46,7 +46,7 @@ async function showResult(written: Written): Promise<void> {
   chooseLayer(layer);
   if (!written.moe_layers.length) return;
   usage.show(written, null);
-  usage.show(written, await trainingLoad(run.id, written.step, written.moe_layers.length * written.n_experts));
+  usage.show(written, await trainingLoad(run.id, written));
 }
 
 function look(id: number): void {
@@ -97,7 +97,19 @@ function addToList(made: Generation): void {
   byId("generations").closest("section")!.hidden = false;
 }
 
+/** Forgets the generation that is shown. */
+function initDelete(button: HTMLElement): void {
+  button.addEventListener("click", () => {
+    const id = new URLSearchParams(location.search).get("id");
+    if (!id) return;
+    looking?.abort();
+    change("DELETE", `/runs/${run.id}/generations/${id}`).then(() => location.assign(location.pathname), tellError);
+  });
+}
+
 layerSelect.addEventListener("change", () => chooseLayer(Number(layerSelect.value)));
 const form = document.getElementById("generate-form");
 if (form instanceof HTMLFormElement) initForm(form);
+const remove = document.getElementById("generation-delete");
+if (remove) initDelete(remove);
 if (chosen) look(chosen.id);

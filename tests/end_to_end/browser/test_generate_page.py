@@ -124,6 +124,10 @@ def test_the_page_writes_and_shows_who_wrote(live: Live, open_page: Opened, run:
     page.reload()
     expect(tokens).to_have_count(20)
     expect(page.locator("#prompt")).to_have_value("def main")
+    page.locator("#generation-delete").click()
+    page.wait_for_url(re.compile("/generate$"))
+    with pytest.raises(ApiError, match="404"):
+        live.client.generation(run, made["id"])
 
 
 def test_the_page_is_sound_in_every_look(live: Live, open_page: Opened, run: int, written: dict[str, Any]) -> None:

@@ -124,6 +124,13 @@ class TestTheDoor:
         other = people.queued()
         assert as_user().get(f"/api/v1/runs/{other.pk}/generations/{made['id']}").status_code == 404
 
+    def test_one_is_forgotten_by_editors_and_its_worker_is_told_to_stop(self, ada: APIClient, as_user: Speak, host: APIClient, run: Run) -> None:
+        path = f"/api/v1/runs/{run.pk}/generations/{ask(ada, run).json()['id']}"
+        offer = take(host, people.worker()).json()
+        vic = as_user(people.user("vic", Project.default(), Role.VIEWER))
+        assert (vic.delete(path).status_code, ada.delete(path).status_code, ada.get(path).status_code) == (403, 204, 404)
+        assert say(host, offer, "heartbeat").status_code == 404
+
     def test_pages_follow_each_other(self, ada: APIClient, run: Run) -> None:
         ids = [ask(ada, run).json()["id"] for _ in range(5)]
         path, seen = f"/api/v1/runs/{run.pk}/generations?limit=2", []
@@ -230,6 +237,12 @@ class TestTheWorker:
         Generation.objects.update(created_at=timezone.now() - timedelta(minutes=11))
         assert take_back() is False
         assert Generation.objects.get().reason == "no_worker"
+
+    def test_what_stands_behind_another_goes_on_waiting(self, ada: APIClient, host: APIClient, run: Run) -> None:
+        ask(ada, run), ask(ada, run)
+        take(host, people.worker())
+        Generation.objects.update(created_at=timezone.now() - timedelta(minutes=11))
+        assert take_back() is True
 
     def test_the_reconciler_judges_no_lease_before_it_is_trusted(self, ada: APIClient, host: APIClient, run: Run) -> None:
         ask(ada, run)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from moe.model import Transformer, build_model
 from moe.sample import Sampling, depends_on_batch, draw, write
 from spec.model import Model
+from spec.routing import TRAITS, RouterKind
 
 V, END = 50, 49
 GQA = {"kind": "gqa", "n_heads": 2, "n_kv_heads": 1}
@@ -65,6 +66,23 @@ def test_greedy_tokens_are_the_argmax_of_whole_passes_and_the_experts_are_the_ro
     log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     assert written.log_probs[0] is None
     np.testing.assert_allclose(written.log_probs[1:], [log_probs[i, token] for i, token in enumerate(ids[1:])], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", sorted(set(TRAITS) - {"expert_choice", "random"}))
+def test_every_router_that_does_not_look_at_the_batch_chooses_alike_with_and_without_a_cache(kind: RouterKind) -> None:
+    top_k = 4 if kind == "all_experts" else TRAITS[kind].top_k or 2
+    built = model({"top_k": top_k, "router": {"kind": kind, "init_std": 0.5}, "balance": [{"kind": "switch_aux"}] if TRAITS[kind].learned else []})
+    written = write(built, [3, 1, 4, 1, 5], Sampling(tokens=6, temperature=0), vocabulary_size=V, end=V)
+    logits, experts, _ = forward(built, written.ids)
+    assert written.ids[5:] == logits[4:-1].argmax(-1).tolist()
+    assert written.experts == [[[int(e) for e in layer[place] if e < 4] for layer in experts] for place in range(11)]
+
+
+def test_where_experts_choose_tokens_the_choices_are_those_of_the_whole_text() -> None:
+    built = model({"router": {"kind": "expert_choice", "init_std": 0.5}})
+    written = write(built, [3, 1, 4, 1, 5], Sampling(tokens=7, temperature=0), vocabulary_size=V, end=V)
+    taken = np.array([[sum(e in layers[layer] for layers in written.experts) for e in range(4)] for layer in range(3)])
+    assert (taken == 6).all(), "each expert takes k T / E = 2 * 12 / 4 tokens"
 
 
 def test_under_a_capacity_the_choices_are_those_of_the_whole_text() -> None:
