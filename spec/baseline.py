@@ -4,24 +4,39 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from pydantic import ValidationError
+
 from spec.accounting import Price, price
 from spec.experiment import ExperimentSpec
+from spec.problems import Problem, from_validation_error
 
 Equal = Literal["flops", "params"]
 MOST = 1_048_576  # the limit of model.d_ff
+
+
+class NoBaselineError(ValueError):
+    """The spec has no dense baseline. `problems` say why, each at its field."""
+
+    def __init__(self, problems: list[Problem]) -> None:
+        super().__init__("; ".join(map(str, problems)))
+        self.problems = problems
 
 
 def dense_baseline(spec: ExperimentSpec, equal: Equal = "flops") -> ExperimentSpec:
     """`spec` without experts and from scratch, with the model.d_ff whose cost is closest; of two that are equally close the smaller.
 
     The cost is forward FLOPs per token ("flops") or active parameters ("params"). Data, optimiser, training and the number of devices stay.
-    Raises ValueError, naming the field, for a spec that is dense already and where no width is enough.
+    Raises NoBaselineError for a spec that is dense already, and where no width is enough.
     """
     if spec.model.moe is None:
-        raise ValueError("model.moe is null: the spec is dense already")
-    plain = _dense(spec)
-    wanted = cost(price(spec), equal)
+        raise NoBaselineError([Problem("/model/moe", "moe: null, the spec is dense already")])
+    try:
+        return _closest(_dense(spec), cost(price(spec), equal), equal)
+    except ValidationError as error:
+        raise NoBaselineError(from_validation_error(error)) from error
 
+
+def _closest(plain: dict[str, Any], wanted: int, equal: Equal) -> ExperimentSpec:
     def at(width: int) -> int:
         return cost(price(_of_width(plain, width)), equal)
 
@@ -30,7 +45,7 @@ def dense_baseline(spec: ExperimentSpec, equal: Equal = "flops") -> ExperimentSp
         middle = (low + high) // 2
         low, high = (low, middle) if at(middle) >= wanted else (middle + 1, high)
     if at(low) < wanted:
-        raise ValueError(f"model.d_ff: a dense model as costly as this one would be wider than {MOST:,}")
+        raise NoBaselineError([Problem("/model/d_ff", f"d_ff: a dense model as costly as this one would be wider than {MOST:,}")])
     if low > 1 and wanted - at(low - 1) <= at(low) - wanted:
         low -= 1
     return _of_width(plain, low)

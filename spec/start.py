@@ -74,8 +74,10 @@ class Upcycle(Part):
 
 def _named_once(part: Part, *names: str) -> None:
     given = [name for name in names if getattr(part, name) is not None]
-    if len(given) != 1:
-        raise ValueError(f"{names[0]}: give exactly one of {', '.join(names)}" + (f", not {' and '.join(given)}" if given else ""))
+    if not given:
+        raise ValueError(f"{' or '.join(names)} must say where the weights are")
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} are given; only one of them can say where the weights are")
     if getattr(part, given[0]) == "":
         raise ValueError(f"{given[0]} is empty")
 

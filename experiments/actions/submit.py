@@ -7,8 +7,10 @@ from typing import Any
 
 from django.contrib.auth.models import User
 from django.db import transaction
+from django.db.models import QuerySet
 
 from experiments.actions.describe import check
+from experiments.actions.start import origin, settled
 from experiments.actions.transition import first_transition
 from experiments.doorbell import ring_after_commit
 from experiments.models import Project, Run
@@ -21,6 +23,7 @@ def submit(
     user: User,
     project: Project,
     spec: ExperimentSpec,
+    runs: QuerySet[Run] | None = None,
     name: str | None = None,
     tags: Sequence[str] = (),
     notes: str = "",
@@ -28,9 +31,15 @@ def submit(
     parent: Run | None = None,
     resume_from: dict[str, Any] | None = None,
 ) -> Run:
-    """A queued run of `spec`, which is named `name` or as the spec is. Raises Refused (a problem list) before anything is written."""
+    """A queued run of `spec`, which is named `name` or as the spec is. Raises Refused (a problem list) before anything is written.
+
+    `runs` are those whose weights it may start from: what who asks may see; without them none. The one that it starts from is its
+    parent, unless another is.
+    """
     spec = spec.model_copy(update={"name": name}) if name else spec
     cost = check(spec)
+    begun_from = origin(spec, Run.objects.none() if runs is None else runs)
+    spec = settled(spec, begun_from)
     moe = spec.model.moe
     run = Run.objects.create(
         project=project,
@@ -42,7 +51,7 @@ def submit(
         tags=list(tags),
         notes=notes,
         priority=priority,
-        parent=parent,
+        parent=parent or (begun_from.run if begun_from else None),
         resume_from=resume_from,
         steps=spec.training.steps,
         tokens_per_step=cost.tokens_per_step,

@@ -10,10 +10,12 @@ from pydantic import BaseModel
 from rest_framework.request import Request
 from rest_framework.response import Response
 
+from experiments.actions.describe import Refused, below
 from experiments.api.endpoint import Endpoint, items
-from experiments.api.shapes import Described
+from experiments.api.shapes import BaselineBody, Described
 from spec import presets
 from spec.accounting import price
+from spec.baseline import NoBaselineError, dense_baseline
 from spec.experiment import ExperimentSpec
 
 
@@ -60,6 +62,29 @@ class PriceOf(Endpoint):
     def post(self, request: Request) -> Response:
         """Parameters, FLOPs and bytes, of any size and whether or not it can be trained here."""
         return Response(price(self.body(Described).experiment()).model_dump())
+
+
+class Baseline(BaseModel):
+    """A dense spec, what it costs, and what the spec costs that it is to be compared with."""
+
+    spec: dict[str, Any]
+    price: dict[str, Any]
+    compared_with: dict[str, Any]
+
+
+class DenseBaseline(Endpoint):
+    """The dense model to compare a Mixture of Experts with."""
+
+    @extend_schema(operation_id="dense_baseline", request=BaselineBody, responses=Baseline)
+    def post(self, request: Request) -> Response:
+        """The same spec with every layer dense, as wide as costs the same, and the prices of both."""
+        body = self.body(BaselineBody)
+        spec = body.experiment()
+        try:
+            dense = dense_baseline(spec, body.equal)
+        except NoBaselineError as error:
+            raise Refused(below("/spec", error.problems)) from error
+        return Response({"spec": dense.model_dump(mode="json"), "price": price(dense).model_dump(), "compared_with": price(spec).model_dump()})
 
 
 class SpecSchema(Endpoint):

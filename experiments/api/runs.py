@@ -17,6 +17,7 @@ from experiments.actions.cancel import cancel
 from experiments.actions.describe import Refused, check
 from experiments.actions.edit import edit
 from experiments.actions.record import record
+from experiments.actions.start import origin
 from experiments.actions.submit import submit
 from experiments.actions.transition import StateConflict
 from experiments.api.endpoint import Endpoint, items, parameters
@@ -78,7 +79,7 @@ class Runs(Endpoint):
             raise Problem("malformed", "Idempotency-Key: 1 to 200 printable ASCII characters")
         body = self.body(SubmitBody)
         if body.validate_only:
-            return _validated(body)
+            return _validated(body, self.principal)
         with transaction.atomic():
             if key is not None and (known := self._known(key)):
                 return _created(known, 200)
@@ -94,6 +95,7 @@ class Runs(Endpoint):
             user=self.principal.user,
             project=project,
             spec=body.experiment(),
+            runs=access.visible_runs(self.principal),
             name=body.name,
             tags=body.tags,
             notes=body.notes,
@@ -137,7 +139,7 @@ class Validate(Endpoint):
     @extend_schema(operation_id="validate_run", request=Described, responses=Validated)
     def post(self, request: Request) -> Response:
         """The whole spec and its price, or every problem at its field."""
-        return _validated(self.body(Described))
+        return _validated(self.body(Described), self.principal)
 
 
 class Record(Endpoint):
@@ -173,9 +175,11 @@ class Bulk(Endpoint):
         return Response(result.model_dump())
 
 
-def _validated(body: Described) -> Response:
+def _validated(body: Described, principal: access.Principal) -> Response:
     spec = body.experiment()
-    return Response({"spec": spec.model_dump(mode="json"), "price": check(spec).model_dump()})
+    cost = check(spec)
+    origin(spec, access.visible_runs(principal))
+    return Response({"spec": spec.model_dump(mode="json"), "price": cost.model_dump()})
 
 
 def _created(run: Run, status: int) -> Response:

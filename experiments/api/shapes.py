@@ -47,6 +47,12 @@ class Described(Body):
         return resolve(plain, self.overrides)
 
 
+class BaselineBody(Described):
+    """An experiment whose dense baseline is wanted."""
+
+    equal: Literal["flops", "params"] = Field("flops", description="What is to be equal: forward FLOPs per token, or active parameters.")
+
+
 class CheckpointReference(Body):
     """A checkpoint of a run; without `step`, its newest."""
 

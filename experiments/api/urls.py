@@ -43,6 +43,7 @@ urlpatterns = [
     path("presets", presets.Presets.as_view()),
     path("presets/<str:name>", presets.OnePreset.as_view()),
     path("price", presets.PriceOf.as_view()),
+    path("specs/dense-baseline", presets.DenseBaseline.as_view()),
     path("import-config", import_config.ImportConfig.as_view()),
     path("schema", schema.OpenApi.as_view()),
     path("schema/spec", presets.SpecSchema.as_view()),

@@ -6,6 +6,7 @@ from drf_spectacular.utils import extend_schema
 from rest_framework.request import Request
 from rest_framework.response import Response
 
+from experiments import access
 from experiments.actions.cancel import cancel
 from experiments.actions.checkpoint_now import checkpoint_now
 from experiments.actions.clone import clone
@@ -74,7 +75,7 @@ class Restart(_Verb):
     def post(self, request: Request, run_id: int) -> Response:
         """A new run of the same spec, from step 1; its parent is this one, which must have ended."""
         self.body(EmptyBody)
-        return self.answer(restart(self.run(run_id), user=self.principal.user))
+        return self.answer(restart(self.run(run_id), user=self.principal.user, runs=access.visible_runs(self.principal)))
 
 
 class Clone(_Verb):
@@ -84,4 +85,5 @@ class Clone(_Verb):
     def post(self, request: Request, run_id: int) -> Response:
         """A new run with single fields of the spec changed by dotted path; its parent is this one."""
         body = self.body(CloneBody)
-        return self.answer(clone(self.run(run_id), user=self.principal.user, changes=body.set, name=body.name), 201)
+        made = clone(self.run(run_id), user=self.principal.user, runs=access.visible_runs(self.principal), changes=body.set, name=body.name)
+        return self.answer(made, 201)
