@@ -39,7 +39,7 @@ class AdamW:
         }
         routers = {id(parameter) for parameter in model.router_parameters()}
         for name, parameter in self.parameters.items():
-            plain = parameter.dim() < 2 or name.startswith("embedding.") or name.endswith((".b_in", ".b_out"))
+            plain = parameter.dim() < 2 or name.startswith("embedding.") or name.endswith((".b_in", ".b_out", "bias"))
             part = ("router_plain" if plain else "router") if id(parameter) in routers else "plain" if plain else "matrix"
             self.groups[part].names.append(name)
         self._mean = {name: torch.zeros_like(parameter) for name, parameter in self.parameters.items()}

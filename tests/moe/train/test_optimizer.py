@@ -7,6 +7,7 @@ import torch
 
 from moe.model import build_model
 from moe.train.optimizer import AdamW
+from spec.model import Model
 from spec.training import Optimizer
 from tests.moe.train.tiny import tiny
 
@@ -60,3 +61,12 @@ def test_a_clip_of_zero_leaves_the_gradients() -> None:
     count = sum(parameter.numel() for parameter in optimizer.parameters.values())
     assert float(optimizer.clip(0)) == pytest.approx(3 * count**0.5)
     assert all(bool((parameter.grad == 3).all()) for parameter in optimizer.parameters.values() if parameter.grad is not None)
+
+
+def test_biases_of_attention_experts_are_not_decayed_and_their_routers_are_routers() -> None:
+    attention = {"kind": "gqa", "n_heads": 2, "n_kv_heads": 1, "bias": True, "output_bias": True, "sinks": True, "experts": {}}
+    groups = AdamW(build_model(Model.model_validate({"d_model": 16, "n_layers": 1, "attention": attention})), Optimizer()).groups
+    at = "blocks.0.attention."
+    assert {at + name for name in ("q_bias", "out_bias", "kv.bias", "sinks_H")} <= set(groups["plain"].names)
+    assert {at + name for name in ("w_q", "w_out", "kv.weight")} <= set(groups["matrix"].names)
+    assert at + "router" in groups["router"].names
