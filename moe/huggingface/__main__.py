@@ -107,7 +107,7 @@ def _import(options: argparse.Namespace) -> Report:
 def _export(options: argparse.Namespace) -> Report:
     from moe.huggingface.export import export
 
-    weights, spec = _weights(options)
+    weights, spec, home = _weights(options)
     return export(
         weights,
         spec.model,
@@ -116,12 +116,13 @@ def _export(options: argparse.Namespace) -> Report:
         max_shard_bytes=options.max_shard_bytes,
         max_len=spec.data.seq_len,
         family=options.family,
-        tokenizer=options.run,
+        tokenizer=home,
     )
 
 
-def _weights(options: argparse.Namespace) -> tuple[dict[str, Tensor], ExperimentSpec]:
-    """The tensors and the spec of a run's newest checkpoint, of a checkpoint's directory, or of an import. Raises ValueError."""
+def _weights(options: argparse.Namespace) -> tuple[dict[str, Tensor], ExperimentSpec, Path]:
+    """Tensors, spec and the directory beside them, of a run's newest checkpoint, a checkpoint's directory, or an import. Raises WeightsError."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     from moe.huggingface.source import WeightsError
@@ -136,7 +137,7 @@ def _weights(options: argparse.Namespace) -> tuple[dict[str, Tensor], Experiment
         if not steps or options.step not in (None, *steps):
             wanted = "no checkpoint" if options.step is None else f"no checkpoint of step {options.step}, only {', '.join(map(str, steps)) or 'none'}"
             raise WeightsError(f"{run} holds {wanted}")
-        path, home = run / "checkpoints" / f"step-{options.step or steps[-1]:08d}", run
+        path, home = run / "checkpoints" / f"step-{steps[-1] if options.step is None else options.step:08d}", run
     if (path / checkpoint.MANIFEST).is_file():
         try:
             checkpoint.verify(path)
@@ -148,7 +149,10 @@ def _weights(options: argparse.Namespace) -> tuple[dict[str, Tensor], Experiment
         spec = read_spec(options.spec or str(home / "spec.json"))
     except Exception as error:
         raise WeightsError(f"the spec: {error}") from error
-    return load_file(path / "model.safetensors"), spec
+    try:
+        return load_file(path / "model.safetensors"), spec, home
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"{path / 'model.safetensors'} cannot be read: {error}") from error
 
 
 if __name__ == "__main__":

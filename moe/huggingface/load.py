@@ -14,9 +14,8 @@ from moe.huggingface.layout import Option, Row
 from moe.huggingface.report import Line, Report
 from moe.huggingface.source import Source, WeightsError, read_config
 from moe.model import Transformer
-from spec.diff import diff
 from spec.huggingface import family_of, read_model
-from spec.huggingface.evaluated import evaluated
+from spec.huggingface.evaluated import differences
 from spec.model import Model
 
 PREFIX = "language_model."
@@ -68,8 +67,7 @@ def joined(
 
 def _check_same(ours: Model, theirs: Model) -> None:
     """Weights say nothing about positions, norms and gates: these must be the configuration's."""
-    mine, other = evaluated(ours), evaluated(theirs)
-    found = diff(mine, other)
+    found = differences(ours, theirs)
     if found:
         told = "; ".join(f"model.{path} is {left}, but config.json says {right}" for path, left, right in found)
         raise WeightsError(f"the spec does not compute what the configuration says: {told}")

@@ -15,11 +15,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from spec.diff import diff
 from spec.experiment import ExperimentSpec
 from spec.huggingface.dbrx import DBRX
 from spec.huggingface.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
-from spec.huggingface.evaluated import evaluated
+from spec.huggingface.evaluated import differences
 from spec.huggingface.family import Family
 from spec.huggingface.gpt_oss import GPT_OSS
 from spec.huggingface.jetmoe import JETMOE
@@ -129,12 +128,9 @@ def lacks(family: Family, model: Model, max_len: int = 4096) -> list[Problem]:
         back = model_of({"model_type": family.model_type, **family.write(model, max_len)})
     except ConfigError as error:
         return [Problem("", f"{family.model_type} cannot say it: {problem}") for problem in error.problems]
-    ours, theirs = evaluated(model), evaluated(back)
-    if ours["moe"] and theirs["moe"] and not ours["moe"]["balance"] and theirs["moe"]["balance"]:
-        theirs["moe"]["balance"] = []  # a selection bias of zero is none
     return [
         Problem(pointer("model", *path.split(".")), f"{path.rsplit('.', 1)[-1]}: {_shown(mine)} cannot be said, only {_shown(other)}")
-        for path, mine, other in diff(ours, theirs)
+        for path, mine, other in differences(model, back)
     ]
 
 

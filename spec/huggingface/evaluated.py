@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from spec.diff import diff
 from spec.model import Model
 from spec.moe import Moe
 from spec.routing import Router
@@ -24,6 +25,14 @@ def evaluated(model: Model) -> Plain:
     if model.position != "rope":
         del found["rope_theta"], found["rope_scaling"]
     return found
+
+
+def differences(ours: Model, theirs: Model) -> list[tuple[str, Any, Any]]:
+    """(field, value in `ours`, value in `theirs`) of what they compute differently. A selection bias that only `theirs` has can be zero."""
+    mine, other = evaluated(ours), evaluated(theirs)
+    if mine["moe"] and other["moe"] and not mine["moe"]["balance"]:
+        other["moe"]["balance"] = []
+    return diff(mine, other)
 
 
 def _attention(model: Model) -> Plain:
