@@ -132,6 +132,10 @@ class EvalDone(_Event):
     by_domain: dict[Storable, float] = Field(default_factory=dict)
     max_vio_global: float | None = Field(None, description="MaxVio over the validation set, mean over MoE layers (Wang 2024).")
     bits_per_byte: float | None = Field(None, description="The loss in bits per byte of text, which does not depend on the tokenizer.")
+    batch_dependence: float | None = Field(
+        None,
+        description="|a - b| / |b|: a sequence's logits alone (a) and among others (b); 0, to rounding, where no token depends on another sequence.",
+    )
 
 
 class SpikeDetected(_Event):

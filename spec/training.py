@@ -69,5 +69,8 @@ class Telemetry(Part):
     every: int = field(1, "Steps between reports.", ge=1, le=10_000, unit="steps")
     router_prob: bool = field(True, "Report each expert's mean router probability beside its token count.")
     specialisation: bool = field(True, "Count at each validation which classes of token and which domains each expert takes.")
+    probe_batch: bool = field(
+        True, "Measure at each validation how far a sequence's logits depend on what shares its batch: 0 without dropping and expert choice."
+    )
     spike_window: int = field(64, "Losses before a step that its loss is judged against.", ge=8, le=10_000, unit="steps")
     spike_threshold: float = field(6.0, "A spike lies this many robust deviations (1.4826 MAD) above the window's median.", gt=0, le=1000)

@@ -19,6 +19,7 @@ import torch
 
 from kernels.dispatch import implementations
 from moe import balance
+from moe.attention import is_masked
 from moe.train import checkpoint, telemetry
 from moe.train.journal import Journal, duration
 from moe.train.learner import Learner, Lesson
@@ -130,6 +131,7 @@ class Training:
             autocast=self.learner.autocast,
             interrupted=lambda: self.requests.stop,
             specialisation=self.spec.telemetry.specialisation,
+            probe_batch=self.spec.telemetry.probe_batch,
         )
         if result is None:
             return False
@@ -144,6 +146,7 @@ class Training:
                 by_domain=result.by_domain,
                 max_vio_global=result.max_vio_global,
                 bits_per_byte=result.bits_per_byte,
+                batch_dependence=result.batch_dependence,
             )
         )
         if found := result.specialisation:
@@ -248,22 +251,29 @@ class Training:
                 top_k=spec.model.moe.top_k if spec.model.moe else 0,
                 phases=list(telemetry.PHASES),
                 balance_terms=list(model.balance_terms),
-                ops=implementations(self.ranks.device, torch.bfloat16 if spec.training.precision == "bfloat16" else torch.float32),
+                ops=self._implementations(),
                 versions={"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
             )
         )
-        self._journal.record(events.MetricsDeclared(names=self._reporter.names))
         experts = f", {len(model.moe_layers)} MoE layers of {spec.model.moe.n_experts} experts" if spec.model.moe else ""
         self._journal.say(
             f"{spec.name}: {price.total_params:,} parameters, {price.active_params.with_embeddings:,} active{experts}; "
             f"{self.ranks.size} x {device}; " + (f"going on after step {self._resumed_from}" if self._resumed_from is not None else "from the start")
         )
 
+    def _implementations(self) -> dict[str, str]:
+        moe, dtype = self.spec.model.moe, torch.bfloat16 if self.spec.training.precision == "bfloat16" else torch.float32
+        biased, padded = moe is not None and moe.bias == "expert", moe is not None and moe.capacity.padded
+        masked = is_masked(self.spec.model) or self.spec.data.packing == "documents"
+        return implementations(self.ranks.device, dtype, biased=biased, padded=padded, masked=masked)
+
     def _report(self, lesson: Lesson) -> None:
         spec, step, figures = self.spec, lesson.step, lesson.figures
         last = step == spec.training.steps
         tokens = spec.training.batch_size * spec.data.seq_len
         if step % spec.telemetry.every == 0 or last or not math.isfinite(figures.loss):
+            if names := self._reporter.declare(figures):
+                self._journal.record(events.MetricsDeclared(names=names))
             scalars = self._reporter.scalars(figures, lesson.rate, tokens, lesson.seconds)
             self._journal.record(events.StepDone(step, time.time(), scalars, self._reporter.tensors(figures, lesson.phase_ms)))
         smoothing = 0.1 if self._seconds_per_step else 1.0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch import Tensor
 from moe.routing import RoutingStats
 
 Host = Mapping[str, NDArray[Any]]
+FIGURE = "router/"  # begins the names of what routers and capacity report of themselves
 ROUTER_SCALARS = ("max_vio", "load_cv", "router_entropy", "dead_experts", "dropped_share", "max_logit")
 PHASES = ("data", "forward", "backward", "reduce", "optimizer")
 
@@ -66,7 +67,7 @@ def step_parts(
             "balance": stats.balance_loss_LT,
             "router_entropy": stats.router_entropy_L,
             "max_logit": stats.max_logit,
-            **{f"router/{name}": figure for name, figure in sorted(stats.figures.items())},
+            **{FIGURE + name: figure for name, figure in sorted(stats.figures.items())},
         }
         if stats.attention_tokens_LE is not None:
             parts["attention_tokens"] = stats.attention_tokens_LE
@@ -93,6 +94,7 @@ class Step:
     max_logit: float = math.nan
     mtp_loss: float | None = None  # weighted; where the model predicts further ahead
     attention_LE: NDArray[np.uint32] | None = None  # tokens of attention experts
+    figures: Mapping[str, float] = field(default_factory=dict)  # by the name of the scalar
 
     @property
     def loss(self) -> float:
@@ -122,8 +124,16 @@ class Step:
             entropy_L=host["router_entropy"].mean(axis=0, dtype=np.float32),
             bias_LE=host["expert_bias"][0] if "expert_bias" in host else None,
             max_logit=float(host["max_logit"].max()),
-            attention_LE=host["attention_tokens"].sum(axis=0, dtype=np.uint32) if "attention_tokens" in host else None,
-        )
+            figures={name: float(array.mean(dtype=np.float64)) for name, array in host.items() if name.startswith(FIGURE)},
+        ).with_attention(host)
+
+    def with_attention(self, host: Host) -> Step:
+        """With the counts of attention experts, where there are any, and what follows from them."""
+        if "attention_tokens" not in host:
+            return self
+        tokens_LE = host["attention_tokens"].sum(axis=0, dtype=np.uint32)
+        found = {"moa_max_vio": float(max_vio(tokens_LE).mean()), "moa_dead_experts": float(np.count_nonzero(tokens_LE == 0))}
+        return replace(self, attention_LE=tokens_LE, figures={**self.figures, **{FIGURE + name: value for name, value in found.items()}})
 
 
 def max_vio(tokens_LE: NDArray[Any]) -> NDArray[np.float64]:
@@ -147,10 +157,18 @@ class Reporter:
         self._cuda = cuda
         ahead = ["mtp_loss"] if mtp_weight is not None else []
         names = ["loss", "lm_loss", *(f"balance/{name}" for name, _ in terms), *ahead, "grad_norm", "lr", "tokens_per_s", "step_ms"]
-        self.names = [*names, *(ROUTER_SCALARS if sparse else ()), *(("memory_bytes",) if cuda else ())]
+        self._names = [*names, *(ROUTER_SCALARS if sparse else ()), *(("memory_bytes",) if cuda else ())]
+        self._figures: list[str] | None = None
+
+    def declare(self, step: Step) -> list[str] | None:
+        """The names of all scalars, to be told before the first step's; None afterwards. Which figures routers report, the first step tells."""
+        if self._figures is not None:
+            return None
+        self._figures = sorted(step.figures)
+        return self._names + self._figures
 
     def scalars(self, step: Step, lr: float, tokens: int, seconds: float) -> NDArray[np.float32]:
-        """float32[S], in the order of `names`. `tokens` were trained on in `seconds`."""
+        """float32[S], in the order that `declare` told. `tokens` were trained on in `seconds`."""
         values = [step.loss, step.lm_loss]
         if step.balance_LN is not None:
             values += (self._coefficients_N * step.balance_LN.sum(axis=0, dtype=np.float64)).tolist()
@@ -170,6 +188,7 @@ class Reporter:
             ]
         if self._cuda:
             values.append(float(torch.cuda.max_memory_allocated()))
+        values += [step.figures.get(name, math.nan) for name in self._figures or ()]
         return np.array(values, np.float32)
 
     def tensors(self, step: Step, phase_ms: NDArray[np.float32]) -> dict[str, NDArray[Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ class Validation:
     """Mean cross-entropy in nats per token: over all tokens, or the domains' means weighted as in training.
 
     `bits_per_byte` is the same loss per byte of the text that was to be predicted, which tokenizers share (separators count no byte).
-    `max_vio_global` is over the whole validation set, mean over MoE layers.
+    `max_vio_global` is over the whole validation set, mean over MoE layers. `batch_dependence`: see `batch_dependence`.
     """
 
     loss: float
@@ -32,6 +32,7 @@ class Validation:
     max_vio_global: float | None
     bits_per_byte: float | None = None
     specialisation: Specialisation | None = None
+    batch_dependence: float | None = None
 
 
 def validate(
@@ -44,10 +45,11 @@ def validate(
     autocast: Callable[[], AbstractContextManager[object]],
     interrupted: Callable[[], bool],
     specialisation: bool = False,
+    probe_batch: bool = False,
 ) -> Validation | None:
     """Up to `sequences` sequences of each domain, `micro_batch` at a time on each rank; None if any rank was `interrupted`."""
     sums = _Sums(model, batches, sequences, ranks, specialisation=specialisation)
-    stopping = False
+    stopping, dependence = False, None
     model.eval()
     try:
         with torch.no_grad():
@@ -62,11 +64,30 @@ def validate(
                     with autocast():
                         output = model(tokens_BS, targets_BS, batches.documents(tokens_BS))
                     sums.add(domain, chosen, targets_BS, output)
+            if probe_batch and model.moe_layers and not stopping:
+                with autocast():
+                    dependence = batch_dependence(model, batches, max(2, micro_batch), ranks.device)
     finally:
         model.train()
     flag = torch.tensor([float(stopping)], dtype=torch.float64, device=ranks.device)
     total = ranks.gather(torch.cat([flag, sums.flat()])).sum(0).cpu().numpy()
-    return None if total[0] else sums.result(total[1:])
+    return None if total[0] else replace(sums.result(total[1:]), batch_dependence=dependence)
+
+
+def batch_dependence(model: Transformer, batches: Batches, sequences: int, device: torch.device) -> float | None:
+    """|a - b| / |b| over the logits of the first validation window: a alone, b in a batch of `sequences`; None where there is but one.
+
+    More than rounding where tokens compete: under a capacity, or where experts choose. The model is in evaluation mode.
+    """
+    rows = batches.validation(0, sequences)
+    if len(rows) < 2:
+        return None
+    tokens_BS = batches.tokens_and_targets(rows)[0].to(device)
+    document_BS = batches.documents(tokens_BS)
+    among_SV = model(tokens_BS, document_BS=document_BS).logits_BSV[0]
+    alone_SV = model(tokens_BS[:1], document_BS=None if document_BS is None else document_BS[:1]).logits_BSV[0]
+    exact_SV = among_SV.double()
+    return float((alone_SV.double() - exact_SV).norm() / exact_SV.norm())
 
 
 class _Sums:
