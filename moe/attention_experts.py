@@ -98,12 +98,8 @@ class RoutedAttention(GroupedAttention):
 
 
 def figures(layers: list[AttentionRouting]) -> dict[str, Tensor]:
-    """Of all layers, for telemetry: mean MaxVio and entropy, experts that got no token, and the weighted balancing loss."""
-    tokens_LE = torch.stack([layer.tokens_E for layer in layers]).float()
-    mean_L = tokens_LE.mean(1)
+    """Of all layers, for telemetry: mean entropy, and the weighted balancing loss."""
     return {
-        "moa_max_vio": ((tokens_LE.amax(1) - mean_L) / mean_L).mean(),
         "moa_entropy": torch.stack([layer.entropy for layer in layers]).mean().float(),
-        "moa_dead_experts": (tokens_LE == 0).sum().float(),
         "moa_balance": torch.stack([layer.loss.detach() for layer in layers]).sum().float(),
     }
