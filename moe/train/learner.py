@@ -53,7 +53,7 @@ class Learner:
             raise SpecRefused("model.vocab_size", f"{spec.model.vocab_size} is less than the {batches.vocabulary.size} tokens of {where}")
         torch.manual_seed(spec.seed)
         self.model = build_model(spec.model, recompute=spec.training.activation_recompute).to(ranks.device)
-        fill_tables(self.model, batches, spec.seed)
+        fill_tables(self.model, batches.domains, spec.seed)
         self.model.train()
         self.parameters = list(self.model.parameters())
         self.trained = freeze(self.model, spec.training.train)

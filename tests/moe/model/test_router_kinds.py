@@ -436,7 +436,8 @@ def test_the_entropy_bonus_keeps_the_policy_open():
     entropies = []
     for _ in range(60):
         decision = built(x_TD.float(), tokens_T)
-        entropies.append(-float(decision.loss))
+        assert decision.loss is not None
+        entropies.append(-float(decision.loss.detach()))
         optimizer.zero_grad()
         decision.loss.backward()
         optimizer.step()
