@@ -98,6 +98,7 @@ ROUTES: Mapping[str, Mapping[str, Need]] = {
     "runs/<int:run_id>/panel/<str:panel>": {"GET": VIEW},
     "presets": {"GET": USER},
     "presets/<str:name>": {"GET": USER},
+    "methods": {"GET": USER},
     "workers": {"GET": USER},
     "tokens": {"GET": OWN},
 }

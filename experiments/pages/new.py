@@ -1,4 +1,4 @@
-"""The form of a new run, from the defaults, a preset (`?preset=`), or another run (`?from=`)."""
+"""The form of a new run, from the defaults, a preset (`?preset=`), a method (`?method=`), or another run (`?from=`, `&as=`)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from django.shortcuts import render
 
 from experiments.access import Principal, visible_projects, visible_runs
 from experiments.models import Role, Run
+from experiments.pages import successor
 from experiments.pages.form import sections, spec_form
 from experiments.pages.gate import page
 from experiments.pages.preset import groups
 from spec import presets
 from spec.experiment import ExperimentSpec
+from spec.methods import UnknownMethodError, method
 
 OPEN_SECTIONS = ("model.moe", "model", "training")
 
@@ -22,13 +24,18 @@ OPEN_SECTIONS = ("model.moe", "model", "training")
 def new(request: HttpRequest, principal: Principal) -> HttpResponse:
     """The form."""
     parent, name = _parent(request, principal), request.GET.get("preset", "")
+    made = successor.wanted(request.GET.get("as", ""), parent)
+    initial = _initial(parent, name, request.GET.get("method", ""), made)
+    begun = initial.get("start", {}).get("kind", "scratch") != "scratch"
     context = {
         "form": spec_form(),
         "sections": sections(),
-        "open_sections": OPEN_SECTIONS,
+        "open_sections": (*OPEN_SECTIONS, "start") if begun else OPEN_SECTIONS,
         "prefix": "",
-        "initial": _initial(parent, name),
+        "initial": initial,
         "parent": parent,
+        "parent_title": made.title,
+        "compared_with": successor.compared_with(parent, made),
         "preset_name": name,
         "preset_groups": groups(),
         "projects": visible_projects(principal, Role.EDITOR).order_by("name"),
@@ -46,13 +53,12 @@ def _parent(request: HttpRequest, principal: Principal) -> Run | None:
     return run
 
 
-def _initial(parent: Run | None, name: str) -> dict[str, Any]:
+def _initial(parent: Run | None, name: str, key: str, made: successor.Successor) -> dict[str, Any]:
     if parent is not None:
-        stored: dict[str, Any] = parent.spec
-        return stored
+        return successor.initial(parent, made)
     try:
-        spec = presets.load(name) if name else ExperimentSpec()
-    except presets.UnknownPresetError as error:
+        spec = presets.load(name) if name else method(key).experiment() if key else ExperimentSpec()
+    except (presets.UnknownPresetError, UnknownMethodError) as error:
         raise Http404 from error
     plain: dict[str, Any] = spec.model_dump(mode="json")
     return plain

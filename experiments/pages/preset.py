@@ -14,6 +14,11 @@ from spec import presets
 from spec.accounting import price
 from spec.yaml_text import dump
 
+CONVENTIONS = {
+    "with_embeddings": "with both embeddings",
+    "without_input_embedding": "without the input embedding",
+    "without_embeddings": "without embeddings",
+}
 TITLES = {"nano": "Small: train in a minute or two on two cores", "full": "Published, at full size"}
 
 
@@ -32,7 +37,9 @@ def detail(request: HttpRequest, principal: Principal, name: str) -> HttpRespons
         raise Http404 from error
     cost = price(spec)
     parts = [(part, total, cost.active_by_part[part]) for part, total in cost.by_part.items() if total]
-    return render(request, "pages/preset.html", {"preset": preset, "yaml": dump(spec), "price": cost, "parts": parts})
+    convention = CONVENTIONS.get((preset.published and preset.published.active_convention) or "", "")
+    figures = {"price": cost, "parts": parts, "tokens": spec.data.seq_len, "convention": convention}
+    return render(request, "pages/preset.html", {"preset": preset, "yaml": dump(spec), **figures})
 
 
 @cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from django.urls import path
 
-from experiments.pages import compare, generate, new, preset, run, runs, sign_in, tokens, workers
+from experiments.pages import compare, generate, methods, new, preset, run, runs, sign_in, tokens, workers
 
 urlpatterns = [
     path("", runs.home, name="home"),
@@ -21,6 +21,7 @@ urlpatterns = [
     path("runs/<int:run_id>/panel/<str:panel>", run.panel, name="run-panel"),
     path("presets", preset.listing, name="presets"),
     path("presets/<str:name>", preset.detail, name="preset"),
+    path("methods", methods.listing, name="methods"),
     path("workers", workers.listing, name="workers"),
     path("tokens", tokens.listing, name="tokens"),
 ]

@@ -12,6 +12,7 @@ from experiments.models import Project, Role, Run
 from experiments.pages.csp import POLICY
 from experiments.pages.form import Choice, Field, Group, Terms, sections, spec_form
 from spec.experiment import ExperimentSpec
+from spec.methods import methods
 from tests.experiments.engine import people
 
 pytestmark = pytest.mark.django_db
@@ -32,7 +33,7 @@ PAGES = [
     "/runs/{id}/panel/timeline",
     "/runs/{id}/panel/checkpoints",
 ]
-PAGES += ["/runs/compare?id={id}&id={id}", "/workers", "/tokens", "/presets", "/presets/nano-mixtral", "/api/v1/docs"]
+PAGES += ["/runs/compare?id={id}&id={id}", "/workers", "/tokens", "/presets", "/presets/nano-mixtral", "/methods", "/api/v1/docs"]
 
 
 def signed_in(name: str, role: str | None = None) -> Client:
@@ -119,3 +120,21 @@ def _leaves(value: Any, path: str) -> list[str]:
     if not isinstance(value, dict):
         return [path]
     return [leaf for key, child in value.items() for leaf in _leaves(child, f"{path}.{key}" if path else key)]
+
+
+# ----- presets and methods
+
+
+def test_a_preset_says_which_active_figure_is_published_and_what_differs() -> None:
+    page = signed_in("ada").get("/presets/deepseek-v3").content.decode()
+    assert "671B, 36.7B active: without the input embedding" in page and "11,610,067,968" in page and "both embeddings" in page
+    assert "counts the vision tower" in signed_in("ada").get("/presets/llama-4-scout").content.decode()
+
+
+def test_a_method_opens_the_form_with_its_spec() -> None:
+    client = signed_in("ada")
+    page = client.get("/methods").content.decode()
+    assert all(entry.name.replace("'", "&#x27;") in page and f"/runs/new?method={entry.key}" in page for entry in methods())
+    opened = client.get("/runs/new?method=loss_free_bias")
+    assert opened.context["initial"]["model"]["moe"]["balance"] == [{"kind": "loss_free_bias", "update_rate": 0.001}]
+    assert client.get("/runs/new?method=nothing").status_code == 404

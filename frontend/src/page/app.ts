@@ -1,6 +1,7 @@
 /** What every page has: styles, theme, times, htmx without eval, copy buttons. */
 import "../style/index.css";
 import htmx from "htmx.org";
+import { initFilters } from "../view/filter";
 import { tellError, toast } from "../view/toast";
 import { initTheme } from "../view/theme";
 import { initTimes } from "../view/times";
@@ -35,3 +36,4 @@ initTheme();
 initTimes();
 initCopy();
 initMenus();
+initFilters();

@@ -24,6 +24,9 @@ PAGES = [
     "/runs/new?preset=deepseek-v3",
     "/presets",
     "/presets/mixtral-8x7b",
+    "/presets/deepseek-v3",
+    "/methods",
+    "/runs/new?method=mla",
 ]
 PAGES += [
     "/workers",
