@@ -12,6 +12,7 @@ from moe.context import Context
 from moe.feedforward import FeedForward
 from moe.layer import MoeLayer
 from moe.norm import build_norm
+from moe.parallel import Mesh
 from moe.routing import LayerOutput
 from spec.model import Model
 
@@ -27,12 +28,12 @@ class BlockOutput(NamedTuple):
 class Block(nn.Module):
     """Pre-norm residual block; with `sandwich_norm` each branch is normalised again before it is added (Grok-1)."""
 
-    def __init__(self, spec: Model, layer: int, *, sparse: bool) -> None:
+    def __init__(self, spec: Model, layer: int, *, sparse: bool, mesh: Mesh | None = None) -> None:
         super().__init__()
         self.attention_norm = build_norm(spec)
         self.attention = build_attention(spec, layer)
         self.ffn_norm = build_norm(spec)
-        self.ffn: MoeLayer | FeedForward = MoeLayer(spec) if sparse else FeedForward(spec.d_model, spec.d_ff, spec.activation)
+        self.ffn: MoeLayer | FeedForward = MoeLayer(spec, mesh) if sparse else FeedForward(spec.d_model, spec.d_ff, spec.activation)
         self.attention_post_norm = build_norm(spec) if spec.sandwich_norm else None
         self.ffn_post_norm = build_norm(spec) if spec.sandwich_norm else None
         self.dropout = nn.Dropout(spec.dropout)

@@ -1,4 +1,4 @@
-"""The routed experts' weights, stacked, and the call of the operation that runs them."""
+"""The routed experts' weights, stacked, and the call of the operation that runs them, here or on the ranks that hold them."""
 
 from __future__ import annotations
 
@@ -7,33 +7,53 @@ from torch import Tensor, nn
 
 from kernels import dispatch
 from kernels.activation import GATED
+from moe import parallel
 from moe.norm import product_dtype
+from moe.parallel import Mesh
 
 
 class Experts(nn.Module):
     """E feed-forward networks of width F: `w_in` [E, 2F, D] (gate rows first; [E, F, D] if ungated), `w_out` [E, D, F].
 
-    With `biased` also `b_in` [E, 2F or F] and `b_out` [E, D] (gpt-oss).
+    With `biased` also `b_in` [E, 2F or F] and `b_out` [E, D] (gpt-oss). Where a `mesh` spreads them over ranks, each of these has a row
+    for the experts that this rank holds alone.
     """
 
     b_in: nn.Parameter | None
     b_out: nn.Parameter | None
 
-    def __init__(self, n_experts: int, d_model: int, d_expert: int, activation: str, *, biased: bool = False) -> None:
+    def __init__(self, n_experts: int, d_model: int, d_expert: int, activation: str, *, biased: bool = False, mesh: Mesh | None = None) -> None:
         super().__init__()
-        self.activation = activation
+        self.n_experts, self.activation, self.mesh = n_experts, activation, mesh
+        held = n_experts if mesh is None else n_experts // mesh.expert
         rows = 2 * d_expert if activation in GATED else d_expert
-        self.w_in = nn.Parameter(torch.empty(n_experts, rows, d_model))
-        self.w_out = nn.Parameter(torch.empty(n_experts, d_model, d_expert))
-        self.b_in = nn.Parameter(torch.empty(n_experts, rows)) if biased else None
-        self.b_out = nn.Parameter(torch.empty(n_experts, d_model)) if biased else None
+        self.w_in = nn.Parameter(torch.empty(held, rows, d_model))
+        self.w_out = nn.Parameter(torch.empty(held, d_model, d_expert))
+        self.b_in = nn.Parameter(torch.empty(held, rows)) if biased else None
+        self.b_out = nn.Parameter(torch.empty(held, d_model)) if biased else None
 
-    def forward(self, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, capacity: int | None = None) -> Tensor:
+    def forward(self, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, capacity: int | None = None) -> tuple[Tensor, Tensor | None]:
         """sum_k gate_tk * FFN_expert_tk(x_t); expert E stands for a dropped assignment. Under autocast in its dtype.
 
-        With a `capacity`, which no expert may exceed, every expert runs over exactly so many rows.
+        With a `capacity`, which no expert may exceed, every expert runs over exactly so many rows. Beside it, where the experts are spread
+        over P ranks, the rows sent to each, int64[P].
         """
         x_TD = x_TD.to(product_dtype(x_TD))
+        if self.mesh is None:
+            return self._here(x_TD, expert_TK, gate_TK, capacity), None
+        return parallel.expert_ffn(x_TD, expert_TK, gate_TK, self.n_experts, self.mesh, self._here)
+
+    @torch.no_grad()
+    def draw(self, weight: Tensor, std: float) -> None:
+        """Fills one of its parameters, drawn for all experts whatever this rank holds, so that the model does not depend on the ranks."""
+        if self.mesh is None:
+            weight.normal_(0.0, std)
+        else:
+            whole = torch.empty(self.n_experts, *weight.shape[1:], dtype=weight.dtype, device=weight.device)
+            weight.copy_(whole.normal_(0.0, std)[self.mesh.held(self.n_experts)])
+
+    def _here(self, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, capacity: int | None = None) -> Tensor:
+        """With the experts that this rank holds, numbered from 0."""
         y_TD = dispatch.expert_ffn(x_TD, self.w_in, self.w_out, expert_TK, gate_TK, self.activation, self.b_in, capacity)
         if self.b_out is None:
             return y_TD

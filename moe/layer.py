@@ -15,6 +15,7 @@ from moe import balance, dispatch
 from moe.context import Context
 from moe.experts import Experts
 from moe.feedforward import FeedForward
+from moe.parallel import Mesh
 from moe.router_kinds import build_router
 from moe.routing import Choice, Decision, LayerOutput, LayerStats
 from spec.model import Model
@@ -23,7 +24,7 @@ from spec.model import Model
 class MoeLayer(nn.Module):
     """Router, routed experts and shared experts in the place of a feed-forward layer."""
 
-    def __init__(self, spec: Model) -> None:
+    def __init__(self, spec: Model, mesh: Mesh | None = None) -> None:
         super().__init__()
         moe = spec.moe
         if moe is None:
@@ -34,7 +35,7 @@ class MoeLayer(nn.Module):
         biased = self.bias_rate is not None
         self.router = build_router(moe.router, spec.d_model, moe.n_experts, moe.top_k, biased=biased, vocab_size=spec.vocab_size)
         activation = moe.activation or spec.activation
-        self.experts = Experts(moe.n_experts, spec.d_model, moe.d_expert, activation, biased=moe.bias == "expert")
+        self.experts = Experts(moe.n_experts, spec.d_model, moe.d_expert, activation, biased=moe.bias == "expert", mesh=mesh)
         self.shared = FeedForward(spec.d_model, moe.n_shared * moe.shared_width, activation) if moe.n_shared else None
         self.shared_gate = nn.Parameter(torch.empty(1, spec.d_model)) if moe.combine == "sigmoid_gate" else None
         self.mix = nn.Linear(spec.d_model, 2) if moe.combine == "residual" else None  # of the routed output, then of the shared
@@ -52,7 +53,8 @@ class MoeLayer(nn.Module):
             expert_TK, gate_TK, dropped_E, rerouted = dispatch.place(decision, self.router, most, self.spec.capacity)
             if rerouted is not None:
                 decision = decision._replace(figures={**decision.figures, "rerouted": rerouted})
-        y_BSD = self._routed(x_TD, expert_TK, gate_TK, most if self.spec.capacity.padded else None).view_as(x_BSD)
+        y_TD, sent_P = self._routed(x_TD, expert_TK, gate_TK, most if self.spec.capacity.padded else None)
+        y_BSD = y_TD.view_as(x_BSD)
         if self.shared is not None:
             y_BSD = self._with_shared(y_BSD, self.shared(x_BSD), x_BSD)
         if self.bias is not None:
@@ -61,17 +63,16 @@ class MoeLayer(nn.Module):
         weighted = sum((term.coefficient * loss for term, loss in zip(self.terms, loss_N, strict=True)), x_TD.new_zeros((), dtype=torch.float32))
         if decision.loss is not None:
             weighted = weighted + decision.loss
-        stats, choice = layer_stats(decision, count_E, dropped_E, loss_N), Choice(expert_TK, gate_TK.detach())
+        stats, choice = layer_stats(decision, count_E, dropped_E, loss_N)._replace(sent_P=sent_P), Choice(expert_TK, gate_TK.detach())
         return LayerOutput(y_BSD, weighted, stats, decision.prob_TE.mean(0), decision.log_prob_T, choice)
 
-    def _routed(self, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, capacity: int | None) -> Tensor:
-        """The routed experts' sum, [T, D]."""
+    def _routed(self, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, capacity: int | None) -> tuple[Tensor, Tensor | None]:
+        """The routed experts' sum, [T, D], and the rows sent to each rank that shares them, if any do."""
         if not self.router.gate_on_input:
-            y_TD: Tensor = self.experts(x_TD, expert_TK, gate_TK, capacity)
-            return y_TD
+            return self.experts(x_TD, expert_TK, gate_TK, capacity)  # type: ignore[no-any-return]
         scaled_TKD = x_TD[:, None] * gate_TK[:, :, None].to(x_TD.dtype)
-        y_RD: Tensor = self.experts(scaled_TKD.flatten(0, 1), expert_TK.view(-1, 1), torch.ones_like(gate_TK).view(-1, 1), capacity)
-        return y_RD.view_as(scaled_TKD).sum(1)
+        y_RD, sent_P = self.experts(scaled_TKD.flatten(0, 1), expert_TK.view(-1, 1), torch.ones_like(gate_TK).view(-1, 1), capacity)
+        return y_RD.view_as(scaled_TKD).sum(1), sent_P
 
     def _with_shared(self, routed_BSD: Tensor, shared_BSD: Tensor, x_BSD: Tensor) -> Tensor:
         """The two outputs joined as the spec's `combine` says."""

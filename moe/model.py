@@ -23,9 +23,11 @@ from moe.balance_global import GlobalBalance
 from moe.block import Block, BlockOutput
 from moe.cache import KvCache
 from moe.context import Context
+from moe.experts import Experts
 from moe.layer import MoeLayer
 from moe.mtp import MtpModule, targets_ahead
 from moe.norm import build_norm
+from moe.parallel import Mesh
 from moe.rope import Rope, rotated_width
 from moe.router_policy import judged
 from moe.router_unscored import HashRouter
@@ -52,7 +54,7 @@ class Transformer(nn.Module):
     `moe_layers` are the indices of the statistics' rows: the blocks from 0, and n_layers + i for the block of the i-th extra prediction.
     """
 
-    def __init__(self, spec: Model, *, recompute: bool = False) -> None:
+    def __init__(self, spec: Model, *, recompute: bool = False, mesh: Mesh | None = None) -> None:
         super().__init__()
         self.spec = spec
         self.recompute = recompute
@@ -63,12 +65,12 @@ class Transformer(nn.Module):
         self.balance_terms = tuple(term.kind for term in terms)
         self.global_balance = GlobalBalance(terms) if "global_aux" in self.balance_terms else None
         self.embedding = nn.Embedding(spec.vocab_size, spec.d_model)
-        self.blocks = nn.ModuleList(Block(spec, index, sparse=index in sparse) for index in range(spec.n_layers))
+        self.blocks = nn.ModuleList(Block(spec, index, sparse=index in sparse, mesh=mesh) for index in range(spec.n_layers))
         self.norm = build_norm(spec, spec.final_norm_eps)
         self.head = None if spec.tie_embeddings else nn.Parameter(torch.empty(spec.vocab_size, spec.d_model))
         self.head_bias = nn.Parameter(torch.empty(spec.vocab_size)) if spec.lm_head_bias else None
         with torch.random.fork_rng(devices=[]):  # modules draw when they are made; the other weights stay what they are without these
-            self.mtp = nn.ModuleList(MtpModule(spec) for _ in range(spec.mtp_depth))
+            self.mtp = nn.ModuleList(MtpModule(spec, mesh) for _ in range(spec.mtp_depth))
         initialise(self)
 
     def forward(self, tokens_BS: Tensor, targets_BS: Tensor | None = None, document_BS: Tensor | None = None, cache: KvCache | None = None) -> Output:
@@ -210,21 +212,25 @@ def _stats(routed: list[LayerOutput], attending: list[AttentionRouting]) -> Rout
 def initialise(model: Transformer) -> None:
     """Normal matrices of `init_std` (routers: their own), norms at one, biases at zero; drawn in the parameters' order."""
     routers = {id(weight) for weight in model.router_parameters()}
+    experts = {id(weight): module for module in model.modules() if isinstance(module, Experts) for weight in module.parameters()}
+    router_std = model.spec.moe.router.init_std if model.spec.moe else 0.0
     for parameter in model.parameters():
-        if parameter.dim() >= 2:
-            router_std = model.spec.moe.router.init_std if model.spec.moe else 0.0
+        if id(parameter) in experts:
+            experts[id(parameter)].draw(parameter, model.spec.init_std)
+        elif parameter.dim() >= 2:
             parameter.normal_(0.0, router_std if id(parameter) in routers else model.spec.init_std)
     for name, parameter in model.named_parameters():
         if name.endswith(("bias", ".b_in", ".b_out")):
             parameter.zero_()
 
 
-def build_model(spec: Model, *, recompute: bool = False) -> Transformer:
+def build_model(spec: Model, *, recompute: bool = False, mesh: Mesh | None = None) -> Transformer:
     """The spec's model with fresh weights, on torch's current default device, from torch's current seed.
 
+    With a `mesh` it has those experts that this rank holds, of the very model that one process would build.
     Raises ValueError, naming the fields, for what `spec.trainable` says cannot be trained.
     """
     problems = list(model_problems(spec))
     if problems:
         raise ValueError("; ".join(map(str, problems)))
-    return Transformer(spec, recompute=recompute)
+    return Transformer(spec, recompute=recompute, mesh=mesh)

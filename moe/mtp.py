@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from moe.block import Block
 from moe.norm import build_norm
+from moe.parallel import Mesh
 from spec.model import Model
 
 
@@ -23,13 +24,13 @@ class MtpModule(nn.Module):
     are the model's.
     """
 
-    def __init__(self, spec: Model) -> None:
+    def __init__(self, spec: Model, mesh: Mesh | None = None) -> None:
         super().__init__()
         last = spec.n_layers - 1
         self.stream_norm = build_norm(spec)
         self.embedding_norm = build_norm(spec)
         self.project = nn.Linear(2 * spec.d_model, spec.d_model, bias=False)
-        self.block = Block(spec, last, sparse=last in spec.moe_layers())
+        self.block = Block(spec, last, sparse=last in spec.moe_layers(), mesh=mesh)
         self.norm = build_norm(spec)
 
     def merge(self, h_BSD: Tensor, embedded_BSD: Tensor) -> Tensor:

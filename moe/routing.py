@@ -46,6 +46,7 @@ class LayerStats(NamedTuple):
     router_entropy: Tensor
     max_logit: Tensor
     figures: Mapping[str, Tensor] = {}
+    sent_P: Tensor | None = None  # rows sent to each rank that shares the experts, where any do
 
 
 class Choice(NamedTuple):
@@ -81,20 +82,20 @@ class RoutingStats:
     max_logit: Tensor  # largest magnitude of a router logit, scalar
     figures: Mapping[str, Tensor] = field(default_factory=dict)  # float32 scalars, means over layers, by the name that telemetry shows
     attention_tokens_LE: Tensor | None = None  # of the attention experts of every layer, where there are any
+    sent_P: Tensor | None = None  # int64: rows that this rank sent to each rank that shares the experts with it, over all layers
 
     @classmethod
     def stacked(cls, layers: Sequence[LayerStats]) -> RoutingStats:
         """The model's statistics from its layers'."""
-        *columns, figures = zip(*layers, strict=True)
+        *columns, figures, sent = zip(*layers, strict=True)
         tokens, dropped, prob, balance, entropy, logit = (torch.stack(column) for column in columns)
-        return cls(tokens, dropped, prob, balance, entropy, logit.max(), mean_figures(figures))
+        return cls(tokens, dropped, prob, balance, entropy, logit.max(), mean_figures(figures), sent_P=_summed(sent))
 
     @classmethod
     def merged(cls, parts: Sequence[RoutingStats]) -> RoutingStats:
         """Over the equally long micro-batches of one optimiser step: counts are summed, means averaged."""
         if len(parts) == 1:
             return parts[0]
-        attention = [part.attention_tokens_LE for part in parts if part.attention_tokens_LE is not None]
         return cls(
             expert_tokens_LE=torch.stack([part.expert_tokens_LE for part in parts]).sum(0),
             dropped_LE=torch.stack([part.dropped_LE for part in parts]).sum(0),
@@ -102,9 +103,16 @@ class RoutingStats:
             balance_loss_LT=torch.stack([part.balance_loss_LT for part in parts]).mean(0),
             router_entropy_L=torch.stack([part.router_entropy_L for part in parts]).mean(0),
             max_logit=torch.stack([part.max_logit for part in parts]).max(),
-            attention_tokens_LE=torch.stack(attention).sum(0) if attention else None,
+            attention_tokens_LE=_summed([part.attention_tokens_LE for part in parts]),
+            sent_P=_summed([part.sent_P for part in parts]),
             figures=mean_figures([part.figures for part in parts]),
         )
+
+
+def _summed(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """The sum of what there is."""
+    counts = [part for part in parts if part is not None]
+    return torch.stack(counts).sum(0) if counts else None
 
 
 def mean_figures(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
