@@ -475,3 +475,22 @@ def test_random_in_evaluation_differs_from_place_to_place():
     built = router("random", 5, 1).eval()
     same = built(torch.zeros(1000, WIDTH, dtype=torch.float64), torch.full((1000,), 7)).expert_TK
     assert torch.bincount(same[:, 0], minlength=5).min() > 150
+
+
+# ----- at the door
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"kind": "hash", "scorer": "mlp"}, "scorer"),
+        ({"kind": "random", "bias": True}, "bias"),
+        ({"kind": "hash", "jitter": 0.1}, "jitter"),
+        ({"kind": "sinkhorn", "random_share": 0.1}, "random_share"),
+        ({"kind": "expert_choice", "n_groups": 2}, "top_groups"),
+        ({"kind": "gshard", "renormalise": True}, "renormalise"),
+    ],
+)
+def test_what_a_kind_cannot_use_is_refused_by_name(fields, named):
+    with pytest.raises(ValueError, match=f"(?s){named}"):
+        routing.Router.model_validate(fields)

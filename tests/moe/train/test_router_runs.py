@@ -1,4 +1,4 @@
-"""Runs with every kind of router: an interruption changes nothing; hash tables come from the text of the run."""
+"""Runs with every kind of router: an interruption changes nothing; what routers tell becomes metrics; hash tables come from the text."""
 
 from __future__ import annotations
 
@@ -15,10 +15,19 @@ from torch import Tensor
 from moe.train import checkpoint
 from moe.train.stop import Stopped
 from moe.train.token_statistics import token_frequency
+from spec import events
 from spec.routing import TRAITS
 from tests.moe.train.tiny import Run
 
 Start = Callable[..., Run]
+FIGURES = {
+    "gshard": ["second_kept"],
+    "noisy_topk": ["noise_std"],
+    "expert_choice": ["unserved_tokens"],
+    "linear_assignment": ["first_choice"],
+    "sinkhorn": ["sinkhorn_error"],
+    "reinforce": ["policy_loss"],
+}
 SHORT = {"steps": 4, "batch_size": 4, "eval_every": 0, "eval_batches": 1, "checkpoint_every": 2, "grad_accumulation": 2}
 
 
@@ -46,6 +55,16 @@ def test_every_kind_trains_and_goes_on_bit_identically(run: Start, tmp_path: Pat
     again = second.go()
     assert losses(first) + losses(second) == losses(undisturbed)
     assert again.validation_loss == end.validation_loss
+
+
+@pytest.mark.parametrize("kind", FIGURES)
+def test_what_a_kind_tells_of_itself_is_a_metric(run: Start, kind: str) -> None:
+    done = run(**routed(kind))
+    done.go()
+    names = next(event for event in done.events if isinstance(event, events.MetricsDeclared)).names
+    assert [name for name in names if name.startswith("router/")] == [f"router/{name}" for name in FIGURES[kind]]
+    for event in done.steps().values():
+        assert event.scalars.shape == (len(names),) and np.isfinite(event.scalars).all()
 
 
 def tables(run: Run) -> list[Tensor]:
