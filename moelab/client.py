@@ -85,6 +85,17 @@ class Client:
         """{family, spec, price, problems, notes} of a published model's config.json; an ApiError of status 422 names the fields at fault."""
         return self._post("/import-config", dict(config))
 
+    def dense_baseline(
+        self,
+        spec: Mapping[str, Any] | None = None,
+        *,
+        preset: str | None = None,
+        overrides: Mapping[str, Any] | None = None,
+        equal: Literal["flops", "params"] = "flops",
+    ) -> Json:
+        """{spec, price, compared_with}: the dense spec of equal forward FLOPs or active parameters, its price, and that of what was given."""
+        return self._post("/specs/dense-baseline", _described(spec, preset, overrides) | {"equal": equal})
+
     def submit(
         self,
         spec: Mapping[str, Any] | None = None,

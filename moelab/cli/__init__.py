@@ -30,6 +30,7 @@ MODULES = (
     "export",
     "presets",
     "price",
+    "baseline",
     "huggingface",
     "spool",
     "worker",

@@ -100,6 +100,20 @@ def test_the_price_of_a_file_with_changes_and_of_a_wrong_one(tmp_path: Path, cap
     assert "appears twice" in capsys.readouterr().err
 
 
+def test_the_dense_baseline_of_a_preset_is_a_spec_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["baseline", "nano-mixtral", "--set", "model.moe.top_k=1"]) == 0
+    told = capsys.readouterr()
+    path = tmp_path / "dense.yaml"
+    path.write_text(told.out)
+    assert "nano-mixtral, dense: " in told.err and "forward FLOPs per token" in told.err
+    assert main(["price", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["by_part"]["experts"] == 0
+    assert main(["baseline", str(path)]) == exit_code.USAGE
+    assert "/model/moe: moe: null, the spec is dense already" in capsys.readouterr().err
+    assert main(["baseline", "mixtral-8x7b", "--equal", "params", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["model"]["d_ff"] == 28_675
+
+
 def test_presets_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["presets"]) == 0
     lines = capsys.readouterr().out.splitlines()
