@@ -48,12 +48,14 @@ TRAITS: dict[RouterKind, Traits] = {
     "gshard": Traits("top-2; in training the second expert is kept with probability min(1, 2 g2) (GShard, GLaM, ST-MoE)", top_k=2, biasable=True),
     "noisy_topk": Traits("learned Gaussian noise on the logits, softmax over the k kept (Shazeer 2017)", biasable=True),
     "sparsemixer": Traits("top-2, each gate a softmax over the experts near the best remaining one (Phi-3.5-MoE)", top_k=2),
-    "expert_choice": Traits("each expert takes its top tokens (Zhou 2022); a causal model then sees the future", capacity=False),
-    "hash": Traits("a fixed table from token id to expert (Hash Layers)", learned=False),
+    "expert_choice": Traits(
+        "each expert takes its top tokens (Zhou 2022): sees future tokens, so a causal model's loss is not comparable", capacity=False
+    ),
+    "hash": Traits("a fixed table from token id to expert, no learned router (Hash Layers)", learned=False),
     "linear_assignment": Traits("equal loads at the highest total score in training, greedy in evaluation (BASE)", top_k=1, capacity=False),
     "sinkhorn": Traits("the k highest of the Sinkhorn-balanced scores in training, greedy in evaluation (S-BASE)"),
     "reinforce": Traits("an expert is drawn from the softmax and learned by policy gradient (RL-R)", top_k=1),
-    "random": Traits("uniformly random: a control", learned=False),
+    "random": Traits("uniformly random, no learned router: a control", learned=False),
     "all_experts": Traits("softmax over all experts, all run (Jacobs 1991); top_k must be n_experts", capacity=False),
 }
 if set(TRAITS) != set(get_args(RouterKind)):

@@ -13,6 +13,7 @@ from experiments.api.resources import run_json
 from experiments.models import Role, Run
 from experiments.pages import specialisation
 from experiments.pages.gate import page
+from experiments.pages.notices import router_notice
 from spec.diff import diff
 from spec.experiment import ExperimentSpec
 from spec.yaml_text import dump
@@ -26,7 +27,9 @@ def detail(request: HttpRequest, principal: Principal, run_id: int) -> HttpRespo
     context = {
         "run": shown,
         "page_data": {"run": shown, "log_size": run.log_size},
+        "router_notice": router_notice(run.spec),
         "expert_ranks": run.spec.get("parallel", {}).get("expert", 1),
+        "dense": run.spec.get("model", {}).get("moe") is None,
         "may_edit": roles_include(principal, run.project_id, Role.EDITOR),
         "may_delete": roles_include(principal, run.project_id, Role.ADMIN),
     }

@@ -5,6 +5,7 @@ import { planFetch } from "./plan";
 import { Series } from "./series";
 import { chunkSteps, snapshotsOf } from "./snapshot";
 import { decodeSteps, type Steps } from "./steps";
+import { termRows } from "./terms";
 import type { RunStore } from "./store";
 import type { RunEvent } from "./types";
 
@@ -62,6 +63,25 @@ export class History {
     store.emit("layer", "steps");
   }
 
+  /** The chosen layer's balancing terms over the whole run. */
+  async terms(): Promise<void> {
+    const { store } = this;
+    const signal = this.fresh("terms");
+    const { balance_terms: terms = [], moe_layers: layers } = store.run;
+    const { layer, lastStep: to } = store;
+    if (!terms.length || !layers.length || !to) return;
+    const plan = planFetch(1, to, LAYER_PIECES);
+    const series = new Series(plan.level);
+    const take = async (from: number, to: number) => {
+      const rows = termRows(await this.steps(from, to, `scalars=&tensors=balance_loss&layer=${layers[layer]}`, signal), layer, terms);
+      if (rows) series.apply(rows);
+    };
+    for (const piece of plan.pieces) await take(piece.from, piece.to);
+    for (let turn = 0; turn < MAX_TURNS && store.lastStep > series.lastStep; turn++) await take(series.lastStep + 1, store.lastStep);
+    store.terms = series;
+    store.emit("steps");
+  }
+
   /** The rows around the cursor, unless they are here. */
   async snapshot(): Promise<void> {
     const { store } = this;
@@ -71,7 +91,7 @@ export class History {
     const span = chunkSteps(layers.length, experts);
     const from = Math.max(store.step - Math.ceil(span / 2), 1);
     const to = Math.max(Math.min(from + span, store.lastStep), store.step);
-    const rows = await this.steps(from, to, "scalars=&tensors=expert_tokens,router_prob,dropped,expert_bias", signal);
+    const rows = await this.steps(from, to, "scalars=&tensors=expert_tokens,router_prob,dropped,expert_bias,balance_loss,router_entropy", signal);
     store.snapshots.add(from, to, snapshotsOf(rows));
     store.emit("snapshot");
   }

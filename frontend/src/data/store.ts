@@ -3,6 +3,7 @@ import { LayerHistory } from "./layer";
 import { Series } from "./series";
 import { Snapshots, snapshotsOf } from "./snapshot";
 import type { Steps } from "./steps";
+import { termRows } from "./terms";
 import type { LiveMessage, Run, RunEvent } from "./types";
 
 export type Topic = "run" | "steps" | "cursor" | "range" | "layer" | "expert" | "snapshot" | "events" | "log" | "reload";
@@ -24,6 +25,8 @@ export class RunStore {
   readonly snapshots = new Snapshots();
   layerWhole: LayerHistory | null = null;
   layerZoomed: LayerHistory | null = null;
+  /** The chosen layer's balancing terms over the whole run. */
+  terms: Series | null = null;
   /** Row of the chosen layer in the tensors, and the chosen expert. */
   layer = 0;
   expert: number | null = null;
@@ -86,6 +89,8 @@ export class RunStore {
     if (!this.whole.apply(rows)) return;
     if (live) {
       this.layerWhole?.apply(rows);
+      const terms = this.terms && termRows(rows, this.layer, this.run.balance_terms ?? []);
+      if (terms) this.terms!.apply(terms);
       if (rows.level === 1) this.snapshots.append(snapshotsOf(rows));
     }
     this.limit();
@@ -122,6 +127,7 @@ export class RunStore {
     if (layer === this.layer && this.layerWhole) return;
     this.layer = layer;
     this.layerWhole = this.layerZoomed = null;
+    this.terms = null;
     this.emit("layer");
   }
 
@@ -135,12 +141,14 @@ export class RunStore {
     this.whole = new Series();
     this.zoomed = null;
     this.layerWhole = this.layerZoomed = null;
+    this.terms = null;
     this.snapshots.clear();
   }
 
   private limit(): void {
     const factor = (level: number) => (level === 1 ? 64 : 16);
     if (this.whole.length > MAX_ROWS) this.whole.coarsen(factor(this.whole.level));
+    if (this.terms && this.terms.length > MAX_ROWS) this.terms.coarsen(factor(this.terms.level));
     const layer = this.layerWhole;
     if (layer && (layer.length > MAX_ROWS || layer.length * layer.experts > MAX_LAYER_CELLS)) layer.coarsen(factor(layer.level));
   }

@@ -6,6 +6,7 @@ import { decodeSteps } from "../data/steps";
 import { RunStore } from "../data/store";
 import type { LiveMessage, Run } from "../data/types";
 import { initActions } from "../view/actions";
+import { initBalancing } from "../view/balancing";
 import { initBars } from "../view/bars";
 import { all, byId, pageData } from "../view/dom";
 import { initBanner } from "../view/banner";
@@ -47,7 +48,7 @@ async function resync(fromStep: number): Promise<void> {
   if (fromStep <= store.lastStep) return load();
   socket.stop();
   await history.fill(store.run.last_step);
-  await Promise.all([history.layer(), history.events()]);
+  await Promise.all([history.layer(), history.terms(), history.events()]);
   socket.connect();
 }
 
@@ -58,7 +59,7 @@ async function load(): Promise<void> {
   if (run.last_step) await history.fill(store.run.last_step).catch(tellError);
   byId("panel-live").setAttribute("aria-busy", "false");
   socket.connect();
-  for (const work of [history.layer(), history.snapshot(), history.events()]) quietly(work);
+  for (const work of [history.layer(), history.terms(), history.snapshot(), history.events()]) quietly(work);
 }
 
 function initRouterWatch(): void {
@@ -75,6 +76,7 @@ initTimeline(store);
 initLoss(store);
 new Routing(store);
 initBars(store);
+initBalancing(store);
 initExpert(store);
 initMetrics(store);
 initEvents(store);
@@ -91,9 +93,11 @@ store.on(["cursor", "steps"], debounced(60, () => quietly(history.snapshot())));
 store.on("range", () => quietly(Promise.all([history.zoom(), history.layer()]).then(() => undefined)));
 store.on("layer", () => {
   if (!store.layerHistory) quietly(history.layer());
+  if (!store.terms) quietly(history.terms());
 });
 store.on("run", () => {
   if (!store.layerWhole && store.lastStep) quietly(history.layer());
+  if (!store.terms && store.lastStep) quietly(history.terms());
 });
 store.on("reload", () => quietly(load()));
 void load();

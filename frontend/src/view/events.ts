@@ -53,9 +53,12 @@ function stepButton(store: RunStore, step: number): HTMLElement {
 
 const number = (value: unknown): number => (typeof value === "number" ? value : NaN);
 
+/** How far a sequence's logits depend on what shares its batch; rounding is no dependence. */
+const dependence = (share: unknown): string[] => (typeof share !== "number" ? [] : [share < 1e-4 ? "does not depend on the batch" : `logits differ by ${percent(share)} with the batch's other sequences`]);
+
 const WORDS: Record<string, (body: RunEvent["body"]) => [string, string]> = {
   run_started: (e) => [e.resumed_from_step ? "Resumed" : "Started", e.resumed_from_step ? `from step ${whole(number(e.resumed_from_step))}` : `on ${(e.devices as string[] | undefined)?.join(", ") || "its device"}`],
-  eval_done: (e) => ["Validation", [`loss ${metric(number(e.loss))}`, ...(typeof e.bits_per_byte === "number" ? [`${metric(e.bits_per_byte)} bits per byte`] : []), ...Object.entries((e.by_domain as Record<string, number>) ?? {}).map(([domain, loss]) => `${domain} ${metric(loss)}`)].join(" · ")],
+  eval_done: (e) => ["Validation", [`loss ${metric(number(e.loss))}`, ...(typeof e.bits_per_byte === "number" ? [`${metric(e.bits_per_byte)} bits per byte`] : []), ...dependence(e.batch_dependence), ...Object.entries((e.by_domain as Record<string, number>) ?? {}).map(([domain, loss]) => `${domain} ${metric(loss)}`)].join(" · ")],
   checkpoint_saved: (e) => ["Checkpoint", `${bytes(number(e.size_bytes))} in ${duration(number(e.seconds))}`],
   spike_detected: (e) => ["Loss spike", spikeSummary(e as unknown as Spike)],
   run_ended: (e) => ["Ended", [e.outcome, e.reason, e.detail].filter(Boolean).join(": ")],

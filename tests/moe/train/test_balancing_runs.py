@@ -87,7 +87,7 @@ def global_model(*, recompute: bool = False) -> Transformer:
     model = build_model(spec.model, recompute=recompute).double()
     with torch.no_grad():
         for layer in model._moe_layers():
-            layer.router.weight.normal_()  # type: ignore[operator, union-attr]
+            layer.router.weight.normal_()  # type: ignore[operator]
     return model
 
 
