@@ -58,7 +58,7 @@ def expert_ffn(
     h_RH = F.grouped_mm(x_RD, w_in_EHD.to(x_TD.dtype).transpose(1, 2), offs=end_E)
     if b_in_EH is not None:  # added by a product with each row's unit vector, whose backward pass sums in a fixed order
         unit_RE = F.one_hot(expert_R, w_in_EHD.shape[0] + 1)[:, :-1].to(h_RH.dtype)
-        h_RH = torch.where(kept_R1, h_RH, 0) + unit_RE @ b_in_EH.to(h_RH.dtype)
+        h_RH = torch.where(kept_R1, h_RH + unit_RE @ b_in_EH.to(h_RH.dtype), 0)  # also keeps unwritten gradients from the bias
     y_RD = F.grouped_mm(hidden(h_RH, activation), w_out_EDF.to(x_TD.dtype).transpose(1, 2), offs=end_E)
     y_TKD: Tensor = _Collect.apply(torch.where(kept_R1, y_RD, 0), row_TK, slot_R)
     return (y_TKD * gate_TK.to(x_TD.dtype)[:, :, None]).sum(1)

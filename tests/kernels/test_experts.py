@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from kernels import dispatch, experts_cpu, experts_grouped, experts_naive
+from kernels import dispatch, experts_cpu, experts_grouped, experts_naive, experts_padded
 from kernels.activation import GATED, hidden
 from tests.kernels.routing import KINDS, choose
 
 Run = Callable[..., Tensor]
-ACTIVATIONS = ("swiglu", "geglu", "relu", "gelu")
+ACTIVATIONS = ("swiglu", "geglu", "relu", "gelu", "swiglu_clamped")
 
 
 def weights(n_experts: int, width: int, d_expert: int, activation: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -114,6 +115,43 @@ def test_the_cpu_path_repeats_to_the_bit():
         assert all(torch.equal(a, b) for a, b in zip(first, results(experts_cpu.expert_ffn, *args), strict=True))
 
 
+def test_the_clamped_activation_is_its_formula_within_and_beyond_its_limits():
+    gate, up = (torch.tensor(values, dtype=torch.float64) for values in ([-9.0, 0.5, 7.0, 20.0, 3.0], [9.0, -0.5, 7.0, -20.0, 2.0]))
+    for g, u, got in zip(gate.tolist(), up.tolist(), hidden(torch.cat((gate, up)), "swiglu_clamped").tolist(), strict=True):
+        g, u = min(g, 7.0), max(-7.0, min(u, 7.0))
+        assert got == pytest.approx(g / (1 + math.exp(-1.702 * g)) * (u + 1), rel=1e-12)
+
+
+def padded(*args: object) -> Tensor:
+    expert, n_experts = args[3], len(args[1])  # type: ignore[arg-type]
+    assert isinstance(expert, Tensor)
+    busiest = int(torch.bincount(expert.flatten(), minlength=n_experts + 1)[:n_experts].max())
+    return experts_padded.expert_ffn(*args, capacity=max(1, busiest))  # type: ignore[arg-type, misc]
+
+
+@pytest.mark.parametrize("run", [experts_cpu.expert_ffn, experts_grouped.expert_ffn, padded], ids=["cpu", "grouped_mm", "padded"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("activation", ["swiglu_clamped", "relu"])
+@pytest.mark.parametrize("biased", [True, False])
+def test_biases_and_clamps_equal_the_loop_in_float64(run, kind, activation, biased, monkeypatch):
+    monkeypatch.setattr(experts_cpu, "PIECE_BYTES", 2000)
+    torch.manual_seed(8)
+    dtype = torch.float32 if run is experts_grouped.expert_ffn else torch.float64
+    x = (6 * torch.randn(37, 16)).to(dtype).requires_grad_()  # far enough to be clamped
+    w_in, w_out = weights(5, 16, 8, activation, torch.float64)
+    b_in = torch.randn(5, w_in.shape[1], dtype=torch.float64, requires_grad=True) if biased else None
+    gate = torch.rand(37, 2, dtype=torch.float64, requires_grad=True)
+    expert = choose(kind, 37, 2, 5)
+    inputs = [x, w_in, w_out, gate, *([b_in] if b_in is not None else [])]
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    y = run(x, w_in, w_out, expert, gate, activation, b_in)
+    wanted = experts_naive.expert_ffn(*exact[:3], expert, exact[3], activation, exact[4] if biased else None)
+    d = torch.randn(y.shape, dtype=torch.float64)
+    got = [y, *torch.autograd.grad(y, inputs, d.to(dtype))]
+    for name, a, b in zip(("y", "dx", "dw_in", "dw_out", "dgate", "db_in"), got, [wanted, *torch.autograd.grad(wanted, exact, d)], strict=False):
+        assert off_by(a, b) < (1e-5 if dtype == torch.float32 else 1e-10), name
+
+
 def test_unknown_activation_is_refused():
     with pytest.raises(ValueError, match="swish"):
         hidden(torch.ones(2), "swish")
@@ -124,3 +162,5 @@ def test_the_run_page_is_told_what_runs():
         "expert_ffn": "cpu", "expert_ffn (evaluation)": "cpu", "attention": "sdpa", "rms_norm": "cpu",
     }  # fmt: skip
     assert dispatch.implementations("cuda", torch.bfloat16)["expert_ffn"] == "grouped_mm"
+    assert dispatch.implementations("cuda", torch.bfloat16, biased=True)["expert_ffn (evaluation)"] == "grouped_mm"  # Triton takes no biases
+    assert dispatch.implementations("cpu", padded=True)["expert_ffn"] == "padded"
