@@ -25,7 +25,7 @@ class FromCheckpoint(Part):
     """Weights of a checkpoint of the same model, with a fresh optimiser: fine-tuning. Only at the first start: a resumed run has its own."""
 
     kind: Literal["checkpoint"] = "checkpoint"
-    run: int | None = field(None, f"{_RUN} Either this or path.", ge=1, le=2**53)
+    run: int | None = field(None, f"{_RUN} Either this or path.", ge=1, le=2**31 - 1)
     path: Text | None = Field(None, description=f"{_PATH} Either this or run.")
     step: int | None = field(None, _STEP, ge=0, le=2**31 - 1)
 
@@ -46,7 +46,7 @@ class Upcycle(Part):
     """A dense model made into this Mixture of Experts: its feed-forward layers become the experts, beside a fresh router (Komatsuzaki 2022)."""
 
     kind: Literal["upcycle"] = "upcycle"
-    run: int | None = field(None, f"{_RUN} One of run, path and huggingface.", ge=1, le=2**53)
+    run: int | None = field(None, f"{_RUN} One of run, path and huggingface.", ge=1, le=2**31 - 1)
     path: Text | None = Field(None, description=f"{_PATH} One of run, path and huggingface.")
     huggingface: Text | None = Field(None, description=f"{_HUGGING_FACE} One of run, path and huggingface.")
     step: int | None = field(None, _STEP, ge=0, le=2**31 - 1)

@@ -15,6 +15,8 @@ from spec.experiment import ExperimentSpec
 Schema = Mapping[str, Any]
 
 TITLES = {"moe": "Mixture of experts", "gqa": "Grouped-query attention", "mla": "Multi-head latent attention"}
+TITLES |= {"start": "First weights", "scratch": "From scratch", "checkpoint": "A checkpoint of this model (fine-tuning)"}
+TITLES |= {"huggingface": "A Hugging Face checkpoint", "upcycle": "A dense model, upcycled"}
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,11 @@ import { getPath, isObject, type Plain, type PlainObject } from "../data/paths";
 import type { Run } from "../data/types";
 import { byId, pageData } from "../view/dom";
 import { debounced } from "../view/frame";
+import { initBaseline, showBaseline } from "../view/baseline";
 import { initConfigImport } from "../view/config-import";
 import { clearErrors, showErrors } from "../view/spec-errors";
 import { readForm, showParts, writeForm } from "../view/spec-form";
-import { showPrice, type Price } from "../view/price";
+import { compareWith, showPrice, type Compared, type Price } from "../view/price";
 import { tellError } from "../view/toast";
 
 const form = byId<HTMLFormElement>("spec-form");
@@ -31,6 +32,7 @@ function setSpec(next: PlainObject, from: "form" | "yaml" | "both"): void {
   if (from !== "form") writeForm(form, spec, initial);
   if (from !== "yaml") yaml.value = stringify(spec, { lineWidth: 0 });
   byId("yaml-text").textContent = yaml.value;
+  showBaseline(spec);
   check();
 }
 
@@ -83,6 +85,7 @@ function jump(path: string): void {
 }
 
 async function usePreset(name: string): Promise<void> {
+  compareWith(name ? null : pageData<Compared | null>("compared-data"));
   if (!name) return setSpec(initial, "both");
   const preset = await getJson<{ spec: PlainObject }>(`/presets/${encodeURIComponent(name)}`);
   setSpec(preset.spec, "both");
@@ -128,4 +131,9 @@ form.addEventListener("submit", (event) => {
 yaml.addEventListener("input", debounced(250, readYaml));
 byId<HTMLSelectElement>("preset").addEventListener("change", (event) => void usePreset((event.target as HTMLSelectElement).value).catch(tellError));
 initConfigImport((imported) => setSpec(imported, "both"));
+initBaseline(() => spec, (dense, compared) => {
+  compareWith(compared);
+  setSpec(dense, "both");
+});
+compareWith(pageData<Compared | null>("compared-data"));
 setSpec(initial, "both");

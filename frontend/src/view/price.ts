@@ -1,6 +1,6 @@
 /** What the described run costs, by the accountant. */
 import { bytes, compact, whole } from "../data/format";
-import { byId, setText } from "./dom";
+import { byId, el, setText } from "./dom";
 
 export interface Price {
   total_params: number;
@@ -10,18 +10,37 @@ export interface Price {
   tokens_per_step: number;
 }
 
+/** What the price is shown beside: the run or the Mixture of Experts that the description was made from. */
+export interface Compared {
+  name: string;
+  price: Price;
+}
+
+let compared: Compared | null = null;
+
+export function compareWith(other: Compared | null): void {
+  compared = other;
+  const note = byId("compared");
+  note.hidden = other === null;
+  setText(note, other ? `In brackets: ${other.name}` : "");
+}
+
 export function showPrice(price: Price | null, steps: number): void {
   byId("price").classList.toggle("stale", price === null);
   if (!price) return;
   const tokens = price.tokens_per_step * steps;
-  const set = (id: string, text: string, title: string) => {
-    setText(byId(id), text);
+  const beside = compared;
+  const set = (id: string, text: string, title: string, other?: string) => {
+    byId(id).replaceChildren(text, ...(other === undefined ? [] : [" ", el("small", {}, `(${other})`)]));
     byId(id).title = title;
   };
-  set("price-total", compact(price.total_params), whole(price.total_params));
-  set("price-active", compact(price.active_params.with_embeddings), whole(price.active_params.with_embeddings));
-  set("price-flops", compact(price.flops_per_token.training), whole(price.flops_per_token.training));
-  set("price-memory", bytes(price.bytes.total_per_device ?? NaN), "weights, gradients, AdamW's moments and an estimate of the activations");
+  const count = (id: string, of: (one: Price) => number) =>
+    beside ? set(id, compact(of(price)), `${whole(of(price))} (${beside.name}: ${whole(of(beside.price))})`, compact(of(beside.price))) : set(id, compact(of(price)), whole(of(price)));
+  count("price-total", (one) => one.total_params);
+  count("price-active", (one) => one.active_params.with_embeddings);
+  count("price-flops", (one) => one.flops_per_token.training);
+  const memory = (one: Price) => bytes(one.bytes.total_per_device ?? NaN);
+  set("price-memory", memory(price), "weights, gradients, AdamW's moments and an estimate of the activations", beside ? memory(beside.price) : undefined);
   set("price-tokens", compact(tokens), `${whole(price.tokens_per_step)} in each of ${whole(steps)} steps`);
   set("price-all", flops(tokens * price.flops_per_token.training), "tokens × training FLOPs per token");
 }
