@@ -19,7 +19,7 @@ def value(gate, up, ACTIVATION: tl.constexpr):
         return gate * tl.sigmoid(gate) * up
     elif ACTIVATION == "swiglu_clamped":
         gate = tl.minimum(gate, _LIMIT)
-        return gate * tl.sigmoid(_STEEPNESS * gate) * (tl.minimum(tl.maximum(up, -_LIMIT), _LIMIT) + 1)
+        return gate * tl.sigmoid(gate * _STEEPNESS) * (tl.minimum(tl.maximum(up, -_LIMIT), _LIMIT) + 1)
     elif ACTIVATION == "geglu":
         return 0.5 * gate * (1 + tl.erf(gate * _INVERSE_ROOT_2)) * up
     elif ACTIVATION == "gelu":
@@ -38,10 +38,10 @@ def slopes(gate, up, d, ACTIVATION: tl.constexpr):
         return d * up * (sigmoid + curve * (1 - sigmoid)), d * curve
     elif ACTIVATION == "swiglu_clamped":
         low = tl.minimum(gate, _LIMIT)
-        sigmoid = tl.sigmoid(_STEEPNESS * low)
+        sigmoid = tl.sigmoid(low * _STEEPNESS)
         curve = low * sigmoid
         lifted = tl.minimum(tl.maximum(up, -_LIMIT), _LIMIT) + 1
-        dgate = d * lifted * (sigmoid + _STEEPNESS * curve * (1 - sigmoid))
+        dgate = d * lifted * (sigmoid + curve * (1 - sigmoid) * _STEEPNESS)
         return tl.where(gate <= _LIMIT, dgate, 0.0), tl.where((up >= -_LIMIT) & (up <= _LIMIT), d * curve, 0.0)
     elif ACTIVATION == "relu":
         return tl.where(gate > 0, d, 0.0), d
