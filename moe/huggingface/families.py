@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moe.huggingface.layout import SAME, Option, Row, flat_down, flat_gate_up, interleaved, one_matrix
+from moe.huggingface.layout import SAME, TRANSPOSED, Option, Row, flat_down, flat_gate_up, interleaved, mxfp4, one_matrix
 from moe.huggingface.pieces import attention_experts, ends, experts, gated, grouped, heads, latent, norm, same, transposed_experts
 from spec.attention import GroupedQueryAttention
 from spec.huggingface import text_config
@@ -158,11 +158,15 @@ def _gpt_oss(model: Model, layer: int, config: Mapping[str, Any], to: str) -> li
         *grouped(model, f"{at}self_attn.", f"{to}attention."),
         same(f"{to}ffn.router.weight", f"{at}mlp.router.weight"),
         same(f"{to}ffn.router.bias", f"{at}mlp.router.bias"),
-        Row(f"{to}ffn.experts.w_in", (Option((f"{stack}gate_up_proj",), interleaved(transposed=True)),)),
+        Row(f"{to}ffn.experts.w_in", (Option((f"{stack}gate_up_proj",), interleaved(transposed=True)), _mxfp4(f"{stack}gate_up_proj"))),
         Row(f"{to}ffn.experts.b_in", (Option((f"{stack}gate_up_proj_bias",), interleaved(transposed=False)),)),
-        *transposed_experts(stack, f"{to}ffn.experts.")[1:],
+        Row(f"{to}ffn.experts.w_out", (Option((f"{stack}down_proj",), TRANSPOSED), _mxfp4(f"{stack}down_proj"))),
         same(f"{to}ffn.experts.b_out", f"{stack}down_proj_bias"),
     ]
+
+
+def _mxfp4(name: str) -> Option:
+    return Option((f"{name}_blocks", f"{name}_scales"), mxfp4(alternating=name.endswith("gate_up_proj")))
 
 
 def _jetmoe(model: Model, layer: int, config: Mapping[str, Any], to: str) -> list[Row]:

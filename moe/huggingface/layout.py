@@ -15,10 +15,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Op:
-    """`join` makes our tensor from theirs, `split` theirs from ours; each undoes the other, and both work on meta tensors."""
+    """`join` makes our tensor from theirs, `split` theirs from ours; each undoes the other, and both work on meta tensors.
+
+    With `packed`, theirs are bytes that hold smaller numbers, and `split` gives their shapes alone.
+    """
 
     join: Callable[[Sequence[Tensor]], Tensor]
     split: Callable[[Tensor], Sequence[Tensor]]
+    packed: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,34 @@ def interleaved(*, transposed: bool) -> Op:
         return [stack.mT if transposed else stack]
 
     return Op(join, split)
+
+
+def mxfp4(*, alternating: bool) -> Op:
+    """Experts in MXFP4, as gpt-oss is published: blocks [E, rows, columns / 32, 16] and scales [E, rows, columns / 32], both bytes.
+
+    With `alternating`, gate and up rows alternate; ours has all gate rows first.
+    """
+
+    def join(theirs: Sequence[Tensor]) -> Tensor:
+        stack = unpacked_mxfp4(*theirs)
+        return torch.cat((stack[:, ::2], stack[:, 1::2]), dim=1) if alternating else stack
+
+    def split(ours: Tensor) -> Sequence[Tensor]:
+        groups = ours.new_empty(*ours.shape[:-1], ours.shape[-1] // 32, dtype=torch.uint8, device="meta")
+        return [groups.unsqueeze(-1).expand(*groups.shape, 16), groups]
+
+    return Op(join, split, packed=True)
+
+
+def unpacked_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
+    """float32 [..., G * 32] from bytes [..., G, 16] of two numbers each, the low half first, and an exponent [..., G] for every 32.
+
+    A number is a sign, two bits of exponent and one of fraction (OCP Microscaling Formats 1.0, sections 5.3.3 and 6.3).
+    """
+    magnitude = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    halves = torch.stack((blocks & 15, blocks >> 4), dim=-1).flatten(-2)
+    values = torch.cat((magnitude, -magnitude))[halves.int()]
+    return torch.ldexp(values, scales.int().unsqueeze(-1) - 127).flatten(-2)
 
 
 def flat_gate_up(n_experts: int) -> Op:

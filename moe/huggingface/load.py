@@ -55,13 +55,13 @@ def joined(
         for name, part in zip(option.theirs, expected, strict=True):
             if source.shape(name) != tuple(part.shape):
                 raise WeightsError(f"{name} is {list(source.shape(name))}, but {row.ours} needs {list(part.shape)}")
-        theirs = [source.tensor(name) for name in option.theirs]
+        theirs = [source.tensor(name, packed=option.op.packed) for name in option.theirs]
         if row.ours is None:
             if any(tensor.any() for tensor in theirs):
                 raise WeightsError(f"{option.theirs[0]} is not zero, and the spec has nothing to hold it (balance loss_free_bias)")
         else:
             yield row.ours, option.op.join(theirs)
-        note = "" if row.ours else "zero, as the spec has no such tensor"
+        note = ("MXFP4, unpacked" if option.op.packed else "") if row.ours else "zero, as the spec has no such tensor"
         report.lines += [Line(name, source.shape(name), source.dtype(name), row.ours or "", note) for name in option.theirs]
 
 

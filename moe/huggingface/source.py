@@ -43,10 +43,10 @@ class Source:
         """As the file calls it: F32, BF16."""
         return str(self._opened(self._file[name]).get_slice(name).get_dtype())
 
-    def tensor(self, name: str) -> Tensor:
-        """Raises WeightsError for quantised and other tensors that are not plain floating-point numbers."""
+    def tensor(self, name: str, *, packed: bool = False) -> Tensor:
+        """Raises WeightsError for what is not plain floating-point numbers, or bytes where they are asked for with `packed`."""
         kind = self.dtype(name)
-        if kind not in READABLE:
+        if kind not in (["U8"] if packed else READABLE):
             raise WeightsError(f"{name} is {kind}: quantised weights are not read; save them in bfloat16 or float32 first")
         tensor: Tensor = self._opened(self._file[name]).get_tensor(name)
         return tensor

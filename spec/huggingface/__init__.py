@@ -56,8 +56,8 @@ def family_of(config: Mapping[str, Any]) -> Family:
     """The family that `model_type` names. Raises ConfigError for another, and for quantised weights."""
     name = text_config(config).get("model_type")
     quantised = config.get("quantization_config")
-    if quantised:
-        method = quantised.get("quant_method", "unknown") if isinstance(quantised, Mapping) else quantised
+    method = quantised.get("quant_method", "unknown") if isinstance(quantised, Mapping) else quantised
+    if quantised and (name, method) != ("gpt_oss", "mxfp4"):  # which its weights can be unpacked from
         detail = f"quantization_config: the weights are quantised ({method}); save them in bfloat16 or float32 first"
         raise ConfigError([Problem("/quantization_config", detail)])
     if not isinstance(name, str) or name not in FAMILIES:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from spec.huggingface.evaluated import renormalised
 from spec.huggingface.family import Family
 from spec.huggingface.reader import Reader
 from spec.huggingface.rope import read_rope, write_rope
@@ -106,7 +107,7 @@ def _write(model: Model, max_len: int) -> Plain:
             "moe_top_k": moe.top_k if moe else 0,
             "moe_jitter_eps": None,
             "moe_loss_weight": aux_coefficient(model),
-            "moe_normalize_expert_weights": 1.0 if moe and (moe.router.renormalise or moe.router.kind == "topk_softmax") else None,
+            "moe_normalize_expert_weights": 1.0 if moe and renormalised(moe.router) else None,
         },
     }
 

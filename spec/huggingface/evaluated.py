@@ -20,8 +20,6 @@ def evaluated(model: Model) -> Plain:
     dense = len(model.moe_layers()) < model.n_layers
     found |= {"activation": model.activation, "d_ff": model.d_ff} if dense else {}
     found["moe"] = None if model.moe is None else _moe(model, model.moe)
-    if model.norm != "layernorm":
-        del found["norm_bias"]
     if model.position != "rope":
         del found["rope_theta"], found["rope_scaling"]
     return found
@@ -70,10 +68,15 @@ def _moe(model: Model, moe: Moe) -> Plain:
     }
 
 
+def renormalised(router: Router) -> bool:
+    """Whether its gates are softmax scores divided by their sum over the k kept. GShard's chance of dropping the second belongs to training."""
+    return router.kind in ("topk_softmax", "gshard") or (router.kind == "softmax_topk" and router.renormalise)
+
+
 def _router(router: Router) -> Plain:
     """Groups that do not limit are none, and a softmax over the k kept is a softmax over all, renormalised."""
     found: Plain = {"kind": router.kind, "renormalise": router.renormalise, "scale": router.scale, "bias": router.bias, "scorer": router.scorer}
-    if router.kind == "topk_softmax":
+    if renormalised(router):
         found |= {"kind": "softmax_topk", "renormalise": True}
     elif router.kind == "switch":
         found |= {"kind": "softmax_topk", "renormalise": False}  # its jitter belongs to training

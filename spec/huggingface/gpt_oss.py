@@ -24,6 +24,7 @@ def _read(config: Reader) -> Plain:
     trunk = read_trunk(config, eps=1e-5, theta=150_000.0, rope=_YARN)
     config.must_be("swiglu_alpha", 1.702, 1.702, "the clamped SwiGLU of the spec has this gain")
     config.must_be("swiglu_limit", 7.0, 7.0, "the clamped SwiGLU of the spec has this limit")
+    config.value("quantization_config")  # how the experts lie on the disk: `family_of` has refused what cannot be unpacked
     top_k = config.integer("num_experts_per_tok", 4)
     config.must_be("experts_per_token", top_k, top_k, "it is num_experts_per_tok")
     bias = config.flag("attention_bias", True)

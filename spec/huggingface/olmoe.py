@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from spec.huggingface.evaluated import renormalised
 from spec.huggingface.family import Family
 from spec.huggingface.reader import Reader
 from spec.huggingface.trunk import aux_coefficient, balance, grouped, read_heads, read_trunk, write_heads, write_trunk
@@ -39,7 +40,7 @@ def _write(model: Model, max_len: int) -> Plain:
         "num_experts": moe.n_experts if moe else 0,
         "num_experts_per_tok": moe.top_k if moe else 0,
         "intermediate_size": moe.d_expert if moe else model.d_ff,
-        "norm_topk_prob": moe is not None and (moe.router.renormalise or moe.router.kind == "topk_softmax"),
+        "norm_topk_prob": moe is not None and renormalised(moe.router),
         "router_aux_loss_coef": aux_coefficient(model),
     }
 

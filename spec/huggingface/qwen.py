@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from spec.huggingface.evaluated import renormalised
 from spec.huggingface.family import Family
 from spec.huggingface.llama import always_windowed
 from spec.huggingface.reader import Reader
@@ -102,7 +103,7 @@ def _write_experts(model: Model) -> Plain:
         "moe_intermediate_size": moe.d_expert,
         "num_experts": moe.n_experts,
         "num_experts_per_tok": moe.top_k,
-        "norm_topk_prob": moe.router.renormalise or moe.router.kind == "topk_softmax",
+        "norm_topk_prob": renormalised(moe.router),
         "decoder_sparse_step": moe.every if stepped else 1,
         "mlp_only_layers": [] if stepped else [index for index in range(model.n_layers) if index not in sparse],
         "router_aux_loss_coef": aux_coefficient(model),

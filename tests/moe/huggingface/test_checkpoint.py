@@ -155,6 +155,56 @@ def test_a_text_model_beside_a_vision_tower(tmp_path: Path) -> None:
     assert [(line.theirs, line.note) for line in report.left_out] == [("vision_model.x", "the vision tower")]
 
 
+def test_experts_in_mxfp4_are_unpacked(tmp_path: Path) -> None:
+    mxfp4 = pytest.importorskip("transformers.integrations.mxfp4")
+    moe = {"n_experts": 3, "top_k": 2, "d_expert": 64, "bias": "expert", "router": {"kind": "topk_softmax", "bias": True}}
+    attention = {"kind": "gqa", "n_heads": 4, "n_kv_heads": 2, "bias": True, "output_bias": True, "sinks": True, "sliding_window": 8}
+    model = build_model(small(attention=attention, activation="swiglu_clamped", moe=moe))
+    export(model.state_dict(), model.spec, tmp_path / "hf")
+    packed: dict[str, Tensor] = {}
+    for layer in range(2):
+        for name, shape in (("gate_up_proj", (3, 128, 1)), ("down_proj", (3, 32, 2))):
+            at = f"model.layers.{layer}.mlp.experts.{name}"
+            packed |= {f"{at}_blocks": torch.randint(0, 256, (*shape, 16), dtype=torch.uint8), f"{at}_scales": torch.randint(117, 125, shape).byte()}
+    dropped = {name.removesuffix("_blocks"): None for name in packed if name.endswith("_blocks")}
+    change(tmp_path / "hf", packed | dropped)
+    configure(tmp_path / "hf", quantization_config={"quant_method": "mxfp4"})
+    state = filled(tmp_path / "hf")[0].state_dict()
+    for layer in range(2):
+        theirs = {
+            name: mxfp4.convert_moe_packed_tensors(
+                *(packed[f"model.layers.{layer}.mlp.experts.{name}_{part}"] for part in ("blocks", "scales")), dtype=torch.float32
+            )
+            for name in ("gate_up_proj", "down_proj")
+        }
+        ours = state[f"blocks.{layer}.ffn.experts.w_in"]
+        assert torch.equal(ours[:, :64].mT, theirs["gate_up_proj"][..., ::2]) and torch.equal(ours[:, 64:].mT, theirs["gate_up_proj"][..., 1::2])
+        assert torch.equal(state[f"blocks.{layer}.ffn.experts.w_out"].mT, theirs["down_proj"])
+    change(tmp_path / "hf", {name: tensor[:, :-1].contiguous() for name, tensor in packed.items() if name.endswith("0.mlp.experts.down_proj_scales")})
+    with pytest.raises(WeightsError, match=r"down_proj_scales is \[3, 31, 2\], but blocks.0.ffn.experts.w_out needs \[3, 32, 2\]"):
+        filled(tmp_path / "hf")
+
+
+@pytest.mark.parametrize(
+    ("router", "top_k", "qk_norm", "family"),
+    [
+        ({"kind": "switch", "jitter": 0.1}, 1, "full", "olmoe"),
+        ({"kind": "gshard"}, 2, "none", "mixtral"),
+        ({"kind": "topk_softmax"}, 2, "head", "qwen3_moe"),
+    ],
+)
+def test_routers_that_differ_in_training_alone_are_exported(router: dict[str, Any], top_k: int, qk_norm: str, family: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    moe = {"n_experts": 4, "top_k": top_k, "d_expert": 16, "router": {**router, "init_std": 1.0}}
+    model = build_model(small(moe=moe, attention={**QK, "qk_norm": qk_norm}, init_std=0.15)).eval()
+    assert export(model.state_dict(), model.spec, tmp_path / "hf").family == family
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    tokens = torch.randint(0, 264, (2, 30))
+    with torch.no_grad():
+        wanted, got = model(tokens).logits_BSV, theirs(input_ids=tokens, use_cache=False).logits
+    assert wanted is not None and (got - wanted).norm() < 1e-5 * wanted.norm()
+
+
 def test_directories_that_are_no_checkpoints(written: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(WeightsError, match=r"config\.json cannot be read"):
@@ -173,8 +223,8 @@ def test_directories_that_are_no_checkpoints(written: Path, tmp_path: Path) -> N
     (written / "model.safetensors").write_bytes(b"nonsense")
     with pytest.raises(WeightsError, match="cannot be read"):
         filled(written)
-    configure(written, quantization_config={"quant_method": "mxfp4"})
-    with pytest.raises(ConfigError, match="quantised .mxfp4."):
+    configure(written, quantization_config={"quant_method": "gptq"})
+    with pytest.raises(ConfigError, match="quantised .gptq."):
         filled(written)
 
 
