@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from playwright.sync_api import expect
 
 from moelab.client import ApiError
 from tests.end_to_end.browser.conftest import PROJECT, Live, Opened
-from tests.end_to_end.browser.test_every_page import LOOKS, NAMELESS, SHOTS, TWICE
+from tests.end_to_end.browser.test_every_page import HOSTILE, LOOKS, NAMELESS, SHOTS, TWICE
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(240)]
 
@@ -69,17 +70,15 @@ def test_a_run_whose_checkpoint_is_on_no_worker_says_so(live: Live, run: int) ->
     elsewhere.end()
     live.client.wait(elsewhere.run, timeout_s=20)
     made = live.client.generate(elsewhere.run, "a", wait_s=None)
-    # The made-up host is alive and never asks for generations; it sends this one back as a host without the checkpoint would.
-    live.host.hello()
-    offer = live.host.api.post("/worker/generations/claim", json={"worker": live.host.worker})
-    if offer.status_code == 200:
-        told = offer.json()
-        live.host.api.post(f"/worker/generations/{told['generation']}/answer", json={"attempt": told["attempt"], "outcome": "not_here"})
-    ended = live.client.generation(elsewhere.run, made["id"])
-    for _ in range(200):
-        if ended["state"] == "failed":
-            break
+    # Two workers are alive: the real one finds that it does not have the checkpoint, the made-up one says so here.
+    ended, deadline = made, time.monotonic() + 30
+    while ended["state"] != "failed" and time.monotonic() < deadline:
         live.host.hello()
+        offer = live.host.api.post("/worker/generations/claim", json={"worker": live.host.worker})
+        if offer.status_code == 200:
+            told = offer.json()
+            live.host.api.post(f"/worker/generations/{told['generation']}/answer", json={"attempt": told["attempt"], "outcome": "not_here"})
+        time.sleep(0.1)
         ended = live.client.generation(elsewhere.run, made["id"])
     assert (ended["state"], ended["reason"]) == ("failed", "checkpoint_not_here"), ended
 
@@ -141,6 +140,10 @@ def test_the_page_is_sound_in_every_look(live: Live, open_page: Opened, run: int
         assert page.evaluate(NAMELESS) == [] and page.evaluate(TWICE) == []
         assert page.locator("h1").count() == 1
         page.context.close()
+    hostile = live.client.generate(run, HOSTILE, tokens=3, wait_s=60)
+    page = open_page(f"/runs/{run}/generate?id={hostile['id']}")
+    expect(page.locator("#written-text [role=option]")).to_have_count(len(HOSTILE.encode()) + 3)
+    expect(page.locator("#prompt")).to_have_value(HOSTILE)
     bare = open_page(f"/runs/{live.made_up('no checkpoint', 50).run}/generate")
     expect(bare.get_by_text("No checkpoint yet")).to_be_visible()
 

@@ -66,7 +66,22 @@ def test_without_a_step_the_newest_writes_and_without_a_prompt_a_document_begins
     said = answer("--tokens", "40", "--seed", "3")
     assert said["step"] == 12 and said["ids"][0] == 256 and said["prompt_tokens"] == 1
     assert said["notes"] and "32 tokens" in said["notes"][0]
+    assert max(answer("--tokens", "200", "--temperature", "100")["ids"]) <= 256, "ids that the tokenizer does not have are never drawn"
     assert said == {**answer("--tokens", "40", "--seed", "3"), "seconds": said["seconds"]}
+
+
+def test_under_a_capacity_it_says_that_the_choices_depend_on_the_batch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capacity = {"kind": "factor", "eval_factor": 0.5}
+    moe = {"n_experts": 4, "top_k": 2, "d_expert": 32, "capacity": capacity}
+    attention = {"kind": "gqa", "n_heads": 2, "n_kv_heads": 1}
+    spec = tiny(model={"n_layers": 1, "d_model": 32, "attention": attention, "moe": moe}, training={"steps": 1, "batch_size": 4, "eval_batches": 1})
+    Run(spec, tmp_path).go()
+    (tmp_path / "spec.json").write_text(spec.model_dump_json())
+    capsys.readouterr()  # what training has said
+    assert generate.main([str(tmp_path), "--prompt", "abcd", "--tokens", "6"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["batch_dependent"] and "capacity" in said["notes"][0]
+    assert max(said["usage"][0]) <= 3, "at most ceil(0.5 * 2 * 10 / 4) tokens for each expert"
 
 
 def test_what_is_not_there_and_what_is_wrong_have_exit_codes(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
