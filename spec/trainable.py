@@ -12,8 +12,11 @@ from spec.problems import Problem
 def problems(spec: ExperimentSpec) -> list[Problem]:
     """Why the trainer would refuse `spec`, each at its field; empty when it can train it."""
     found = [*model_problems(spec.model)]
-    if spec.parallel.expert > 1:
-        found.append(_priced_only("/parallel/expert", "expert parallelism"))
+    moe = spec.model.moe
+    if spec.parallel.expert > 1 and moe is not None and moe.capacity.padded:
+        found.append(
+            Problem("/model/moe/capacity/padded", f"padded: experts of {spec.parallel.expert} ranks (parallel.expert) run over the rows they get")
+        )
     return found
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,9 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moe.model import build_model
+from moe.model import Transformer, build_model
 from moe.routing import RoutingStats
-from moe.train import telemetry
+from moe.train import sharded, telemetry
 from moe.train.batches import Batches
 from moe.train.clock import PhaseClock
 from moe.train.freeze import freeze
@@ -52,12 +52,12 @@ class Learner:
             where = {"file": "data.tokenizer_path"}.get(spec.data.tokenizer, "data.tokenizer")
             raise SpecRefused("model.vocab_size", f"{spec.model.vocab_size} is less than the {batches.vocabulary.size} tokens of {where}")
         torch.manual_seed(spec.seed)
-        self.model = build_model(spec.model, recompute=spec.training.activation_recompute).to(ranks.device)
+        self.model = build_model(spec.model, recompute=spec.training.activation_recompute, mesh=ranks.mesh).to(ranks.device)
         fill_tables(self.model, batches.domains, spec.seed)
         self.model.train()
         self.parameters = list(self.model.parameters())
         self.trained = freeze(self.model, spec.training.train)
-        self.optimizer = AdamW(self.model, spec.optimizer)
+        self.optimizer = AdamW(self.model, spec.optimizer, ranks.mesh)
         self._clock = PhaseClock(telemetry.PHASES, ranks.device)
 
     @property
@@ -87,7 +87,7 @@ class Learner:
         """The step itself; this rank's mean losses, the gradient norm, the routing statistics and the extra predictions' loss, on the device."""
         self._clock.start()
         lm_loss, balance_loss, stats, mtp_loss = self._forward_backward(step)
-        self.ranks.average_gradients(self.trained)
+        sharded.average_gradients(self.optimizer.parameters, self.ranks.size, self.ranks.mesh)
         self._clock.mark("reduce")
         grad_norm = self.optimizer.clip(self.spec.optimizer.grad_clip)
         self.optimizer.step(rate)
@@ -137,14 +137,25 @@ class Learner:
     # ----- state
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """What a checkpoint holds, by file."""
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.tensors()}
+        """What a checkpoint holds, by file: on rank 0, whole. Collective where experts are shared out."""
+        mesh = self.ranks.mesh
+        return {"model": sharded.whole(self.model.state_dict(), mesh), "optimizer": sharded.whole(self.optimizer.tensors(), mesh)}
+
+    @contextmanager
+    def whole_model(self) -> Iterator[Transformer]:
+        """The model with all its experts, to be filled; where this rank holds a part of them, it takes its own at the end."""
+        if self.ranks.mesh is None:
+            yield self.model
+            return
+        whole = build_model(self.spec.model)
+        yield whole
+        self.model.load_state_dict(sharded.own(whole.state_dict(), self.ranks.mesh))
 
     def load(self, tensors: dict[str, dict[str, Tensor]]) -> None:
         """Puts back what `tensors` returned. Raises SpecRefused if they are of another model."""
         try:
-            self.model.load_state_dict(tensors["model"])
-            self.optimizer.load(tensors["optimizer"])
+            self.model.load_state_dict(sharded.own(tensors["model"], self.ranks.mesh))
+            self.optimizer.load(sharded.own(tensors["optimizer"], self.ranks.mesh))
         except (RuntimeError, KeyError) as error:
             raise SpecRefused("model", f"the checkpoint is of another model: {str(error).splitlines()[-1].strip()}") from error
 

@@ -183,7 +183,8 @@ class Training:
         if self.position.step == 0 and self.spec.start.kind != "scratch":
             from moe.train.start import begin  # only where it is asked for: it takes as long as a few steps to import
 
-            self._journal.say(begin(self.spec, self.learner.model, home, self.ranks))
+            with self.learner.whole_model() as model:
+                self._journal.say(begin(self.spec, model, home, self.ranks))
 
     def start_over(self) -> None:
         """Puts the checkpoints of earlier attempts aside, so that no later attempt goes on from them."""
@@ -195,10 +196,11 @@ class Training:
         if self._saved_step == self.position.step:
             return
         self._saved_step = self.position.step
+        tensors = self.learner.tensors()
         if not self.ranks.is_first:
             return
         self._journal.sync()  # A checkpoint must not outlive what is known of the steps before it.
-        saved = checkpoint.save(self._directory, self.position.step, self.learner.tensors(), self._state())
+        saved = checkpoint.save(self._directory, self.position.step, tensors, self._state())
         self._journal.record(
             events.CheckpointSaved(
                 step=saved.step, at=time.time(), path=str(saved.path), size_bytes=saved.size_bytes, sha256=saved.sha256, seconds=saved.seconds

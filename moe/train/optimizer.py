@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from moe.model import Transformer
+from moe.parallel import Mesh
+from moe.train import sharded
 from spec.training import Optimizer
 
 
@@ -27,9 +29,9 @@ class Group:
 class AdamW:
     """Matrices are decayed, norms, biases and embeddings not; routers have a rate of their own."""
 
-    def __init__(self, model: Transformer, spec: Optimizer) -> None:
-        """Moments of zero, float32, beside the parameters that are trained."""
-        self.spec = spec
+    def __init__(self, model: Transformer, spec: Optimizer, mesh: Mesh | None = None) -> None:
+        """Moments of zero, float32, beside the parameters that are trained. `mesh` is the model's."""
+        self.spec, self._mesh = spec, mesh
         self.parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.groups = {
             "matrix": Group(spec.weight_decay, 1.0),
@@ -72,8 +74,7 @@ class AdamW:
 
     def clip(self, largest: float) -> Tensor:
         """The global gradient norm before clipping, a scalar on the device; gradients are scaled down to `largest` unless that is 0."""
-        gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
+        norm = sharded.total_norm(self.parameters, self._mesh)
         if largest > 0:
             nn.utils.clip_grads_with_norm_(self.parameters.values(), largest, norm)
         return norm

@@ -1,4 +1,4 @@
-"""The processes of a run: plain data parallelism, one process per device, each with the whole model.
+"""The processes of a run, one per device: each has its own part of the batch and the whole model, but for experts that are shared out.
 
 Ranks meet through a file store (MOELAB_RENDEZVOUS) and talk over loopback, so that no port listens to the network;
 without MOELAB_RENDEZVOUS they meet as torchrun arranges it (MASTER_ADDR and MASTER_PORT).
@@ -7,25 +7,26 @@ without MOELAB_RENDEZVOUS they meet as torchrun arranges it (MASTER_ADDR and MAS
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
+from moe.parallel import Mesh
 from moe.train.stop import SpecRefused
 from spec.training import Parallel
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place among the run's. R = `size`."""
+    """This process's place among the run's. R = `size`. `mesh` says who holds which experts, where parallel.expert shares them out."""
 
     rank: int
     size: int
     device: torch.device
+    mesh: Mesh | None = None
 
     @property
     def is_first(self) -> bool:
@@ -44,18 +45,9 @@ class Ranks:
         """Rank 0's `value`, on every rank."""
         return int(self.gather(torch.tensor([value], device=self.device))[0, 0])
 
-    @torch.no_grad()
-    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replaces each gradient by its mean over the ranks, in one reduction of one flat buffer."""
-        if self.size == 1:
-            return
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(flat)
-        flat /= self.size
-        means = torch.split_with_sizes(flat, [gradient.numel() for gradient in gradients])
-        for parameter, mean in zip(parameters, means, strict=True):
-            parameter.grad = mean.view_as(parameter)
+    def any(self, wish: bool) -> bool:
+        """Whether this rank's `wish` is a wish of any rank that must make the same forward passes: of this one alone, where none must."""
+        return wish if self.mesh is None else bool(self.gather(torch.tensor([wish], device=self.device)).any())
 
     def leave(self) -> None:
         """Waits for the other ranks, and parts."""
@@ -83,7 +75,7 @@ def join(parallel: Parallel) -> Ranks:
             world_size=size,
             timeout=timedelta(seconds=float(os.environ.get("MOELAB_COLLECTIVE_TIMEOUT_S", "300"))),
         )
-    return Ranks(rank, size, device)
+    return Ranks(rank, size, device, Mesh.of(parallel.data, parallel.expert) if parallel.expert > 1 else None)
 
 
 def _device(parallel: Parallel) -> torch.device:

@@ -71,6 +71,8 @@ def step_parts(
         }
         if stats.attention_tokens_LE is not None:
             parts["attention_tokens"] = stats.attention_tokens_LE
+        if stats.sent_P is not None:
+            parts["sent"] = stats.sent_P
     if bias_LE is not None:
         parts["expert_bias"] = bias_LE
     return parts
@@ -95,6 +97,7 @@ class Step:
     mtp_loss: float | None = None  # weighted; where the model predicts further ahead
     attention_LE: NDArray[np.uint32] | None = None  # tokens of attention experts
     figures: Mapping[str, float] = field(default_factory=dict)  # by the name of the scalar
+    traffic_RR: NDArray[np.uint32] | None = None  # rows that rank i sent to rank j, over all layers; where experts are shared out
 
     @property
     def loss(self) -> float:
@@ -125,6 +128,7 @@ class Step:
             bias_LE=host["expert_bias"][0] if "expert_bias" in host else None,
             max_logit=float(host["max_logit"].max()),
             figures={name: float(array.mean(dtype=np.float64)) for name, array in host.items() if name.startswith(FIGURE)},
+            traffic_RR=_traffic(host["sent"]) if "sent" in host else None,
         ).with_attention(host)
 
     def with_attention(self, host: Host) -> Step:
@@ -134,6 +138,16 @@ class Step:
         tokens_LE = host["attention_tokens"].sum(axis=0, dtype=np.uint32)
         found = {"moa_max_vio": float(max_vio(tokens_LE).mean()), "moa_dead_experts": float(np.count_nonzero(tokens_LE == 0))}
         return replace(self, attention_LE=tokens_LE, figures={**self.figures, **{FIGURE + name: value for name, value in found.items()}})
+
+
+def _traffic(sent_RP: NDArray[np.int32]) -> NDArray[np.uint32]:
+    """From what each rank sent to the shards of its replica: rank r is shard r % P of replica r // P."""
+    ranks, shards = sent_RP.shape
+    traffic_RR = np.zeros((ranks, ranks), np.uint32)
+    for rank, sent_P in enumerate(sent_RP):
+        first = rank // shards * shards
+        traffic_RR[rank, first : first + shards] = sent_P
+    return traffic_RR
 
 
 def max_vio(tokens_LE: NDArray[Any]) -> NDArray[np.float64]:
@@ -197,6 +211,8 @@ class Reporter:
         if self._router_prob:
             tensors["router_prob"] = step.prob_LE
         tensors |= {"dropped": step.dropped_LE, "expert_bias": step.bias_LE, "phase_ms": phase_ms}
+        if step.traffic_RR is not None:
+            tensors["rank_tokens"] = step.traffic_RR
         if len(self._coefficients_N):
             tensors["balance_loss"] = step.balance_LN
         tensors |= {"router_entropy": step.entropy_L, "attention_tokens": step.attention_LE}

@@ -55,16 +55,21 @@ def validate(
         with torch.no_grad():
             for domain in range(len(batches.domains)):
                 rows = batches.validation(domain, sequences)
-                for start in range(ranks.rank, len(rows), micro_batch * ranks.size):
-                    stopping = stopping or interrupted()
+                for start in range(0, len(rows), micro_batch * ranks.size):
+                    stopping = ranks.any(stopping or interrupted())
                     if stopping:
                         break
-                    chosen = slice(start, start + micro_batch * ranks.size, ranks.size)
-                    tokens_BS, targets_BS = (t.to(ranks.device) for t in batches.tokens_and_targets(rows[chosen]))
+                    chosen = slice(start + ranks.rank, start + micro_batch * ranks.size, ranks.size)
+                    counts = chosen.start < len(rows)
+                    if not counts and ranks.mesh is None:
+                        break
+                    # Ranks that share the experts run them for each other: one that has no row left runs the first again, uncounted.
+                    tokens_BS, targets_BS = (t.to(ranks.device) for t in batches.tokens_and_targets(rows[chosen if counts else slice(1)]))
                     with autocast():
                         output = model(tokens_BS, targets_BS, batches.documents(tokens_BS))
-                    sums.add(domain, chosen, targets_BS, output)
-            if probe_batch and model.moe_layers and not stopping:
+                    if counts:
+                        sums.add(domain, chosen, targets_BS, output)
+            if probe_batch and model.moe_layers and not ranks.any(stopping):
                 with autocast():
                     dependence = batch_dependence(model, batches, max(2, micro_batch), ranks.device)
     finally:
