@@ -138,3 +138,29 @@ def test_a_method_opens_the_form_with_its_spec() -> None:
     opened = client.get("/runs/new?method=loss_free_bias")
     assert opened.context["initial"]["model"]["moe"]["balance"] == [{"kind": "loss_free_bias", "update_rate": 0.001}]
     assert client.get("/runs/new?method=nothing").status_code == 404
+
+
+def test_a_run_leads_to_its_successors(db: None) -> None:
+    dense = {**people.TINY, "model": {**people.TINY["model"], "d_ff": 32, "moe": None}}
+    runs = [
+        submit(user=people.ada(), project=Project.default(), spec=ExperimentSpec.model_validate(plain), tags=[]) for plain in (people.TINY, dense)
+    ]
+    Run.objects.update(state="succeeded")
+    editor, outsider = signed_in("ada", Role.EDITOR), signed_in("olga")
+    for run, offered in zip(runs, ({"fine-tuning", "baseline-flops", "baseline-params"}, {"fine-tuning", "upcycling"}), strict=True):
+        shown = editor.get(f"/runs/{run.pk}").content.decode()
+        for word in ("fine-tuning", "upcycling", "baseline-flops", "baseline-params"):
+            path = f"/runs/new?from={run.pk}&as={word}"
+            assert (path.replace("&", "&amp;") in shown) == (word in offered), word
+            answer = editor.get(path)
+            assert answer.status_code == (200 if word in offered else 404), word
+            assert outsider.get(path).status_code == 404
+            if word in offered:
+                initial = ExperimentSpec.model_validate(answer.context["initial"])
+                assert (initial.start.kind != "scratch") == (word in ("fine-tuning", "upcycling"))
+                assert (initial.model.moe is None) == ("baseline" in word or (word == "fine-tuning" and run.spec["model"]["moe"] is None))
+    for path in ("/runs/new?as=fine-tuning", f"/runs/new?from={runs[0].pk}&as=magic"):
+        assert editor.get(path).status_code == 404
+    Run.objects.update(spec={"model": {"colour": 1}})
+    assert editor.get(f"/runs/new?from={runs[0].pk}&as=fine-tuning").status_code == 404
+    assert editor.get(f"/runs/new?from={runs[0].pk}").status_code == 200
