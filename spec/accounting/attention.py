@@ -45,6 +45,12 @@ def _grouped(attention: GroupedQueryAttention, d: int, head_dim: int) -> tuple[C
     return keys_values + one + output_bias + sinks, vector(norms)
 
 
+def attention_router(model: Model) -> int:
+    """Parameters of the router among the projections of one layer."""
+    experts = model.attention.experts if isinstance(model.attention, GroupedQueryAttention) else None
+    return model.d_model * experts.n_experts if experts else 0
+
+
 def _softmax(attention: LightningAttention, d: int) -> Count:
     return matrix(2 * d * (attention.n_heads + attention.n_kv_heads) * attention.head_dim)
 

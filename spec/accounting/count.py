@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from spec.accounting.attention import attention_counts
+from spec.accounting.attention import attention_counts, attention_router
 from spec.accounting.quantity import Count, matrix, vector
 from spec.model import Model
 from spec.moe import GATED, Moe
@@ -61,6 +61,18 @@ def mtp_parts(model: Model) -> dict[str, Count]:
     norms = 3 + (4 if model.sandwich_norm else 2)
     one = {"projection": matrix(2 * d * d), "attention": attention, **feed_forward, "norms": _norm(model) * norms + inner_norms}
     return {name: part * model.mtp_depth for name, part in one.items()}
+
+
+def trained(model: Model, train: str) -> tuple[int, int]:
+    """Parameters that `training.train` has trained, those of multi-token prediction among them, and how many of these are experts'."""
+    parts, ahead = count(model), mtp_parts(model)
+    moe = {name: parts[name].total + ahead.get(name, Count()).total for name in ("routers", "experts", "shared_experts")}
+    whole = sum(part.total for part in parts.values())
+    if train == "only_router":
+        return moe["routers"] + attention_router(model) * (model.n_layers + model.mtp_depth), 0
+    if train == "only_moe":
+        return sum(moe.values()), moe["experts"]
+    return (whole, moe["experts"]) if train == "all" else (whole - sum(moe.values()), 0)
 
 
 def _norm(model: Model) -> Count:

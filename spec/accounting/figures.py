@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from spec.accounting.attention import attention_flops, mtp_attention_flops
-from spec.accounting.count import count, mtp_parts
+from spec.accounting.count import count, mtp_parts, trained
 from spec.accounting.memory import activation_bytes, all_to_all_bytes, kv_cache_bytes, kv_cache_bytes_per_sequence
 from spec.accounting.quantity import Count
 from spec.experiment import ExperimentSpec
@@ -93,6 +93,12 @@ def price(spec: ExperimentSpec) -> Price:
 
 
 def _bytes(spec: ExperimentSpec, total: int, experts: int) -> Bytes:
-    here = total - experts + -(-experts // spec.parallel.expert)
-    weights, gradients, moments, activations = 4 * here, 4 * here, 8 * here, activation_bytes(spec)
-    return Bytes(weights, gradients, moments, activations, weights + gradients + moments + activations, 12 * total)
+    taught, taught_experts = trained(spec.model, spec.training.train)
+    held, learning = _here(spec, total, experts), _here(spec, taught, taught_experts)
+    weights, gradients, moments, activations = 4 * held, 4 * learning, 8 * learning, activation_bytes(spec)
+    return Bytes(weights, gradients, moments, activations, weights + gradients + moments + activations, 4 * total + 8 * taught)
+
+
+def _here(spec: ExperimentSpec, total: int, experts: int) -> int:
+    """Of `total` parameters, `experts` of them divided over the ranks, those on one device."""
+    return total - experts + -(-experts // spec.parallel.expert)

@@ -62,6 +62,22 @@ def simplified(spec: ExperimentSpec) -> ExperimentSpec:
     raise AssertionError(f"still refused: {problems(spec)}")
 
 
+@pytest.mark.parametrize("train", ["all", "all_but_moe", "only_moe", "only_router"])
+@pytest.mark.parametrize("name", ["nano-deepseek-v3", "nano-jetmoe", "nano-deepspeed-moe", "nano-qwen1.5-moe"])
+def test_what_is_frozen_has_neither_gradient_nor_moments(name: str, train: str) -> None:
+    from moe.model import build_model
+    from moe.train.freeze import freeze
+
+    plain = presets.load(name).model_dump()
+    plain["training"]["train"] = train
+    spec = ExperimentSpec.model_validate(plain)
+    with torch.device("meta"):
+        trained = sum(parameter.numel() for parameter in freeze(build_model(spec.model), train))
+    size = price(spec).bytes
+    assert (size.gradients, size.optimizer) == (4 * trained, 8 * trained)
+    assert size.checkpoint == 4 * counted(spec) + 8 * trained
+
+
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
 @given(specs())
 def test_any_trainable_spec_is_built_as_counted(drawn: ExperimentSpec) -> None:

@@ -23,8 +23,8 @@ def found(plain: Any) -> list[tuple[str, str]]:
     [
         ({"model": {"moe": {"top_k": 9}}}, "/model/moe/top_k", "top_k 9 > n_experts 8"),
         ({"model": {"attention": {"kind": "gqa", "n_heads": 0}}}, "/model/attention/n_heads", "n_heads: should be greater than or equal to 1, not 0"),
-        ({"model": {"attention": {"kind": "rnn"}}}, "/model/attention/kind", "kind: should be one of gqa, mla"),
-        ({"model": {"attention": {}}}, "/model/attention/kind", "kind: should be one of gqa, mla"),
+        ({"model": {"attention": {"kind": "rnn"}}}, "/model/attention/kind", "kind: should be one of gqa, mla, lightning"),
+        ({"model": {"attention": {}}}, "/model/attention/kind", "kind: should be one of gqa, mla, lightning"),
         (
             {"model": {"moe": {"balance": [{"kind": "z_loss", "coefficient": -1}]}}},
             "/model/moe/balance/0/coefficient",
@@ -69,16 +69,15 @@ def test_a_problem_is_one_line_with_its_path() -> None:
         ({"model": {"moe": None}}, []),
         ({"model": {"attention": {"kind": "mla"}}}, []),
         ({"model": {"encoder_layers": 2, "position": "t5_relative"}}, ["/model/encoder_layers", "/model/position"]),
-        (
-            {"model": {"attention": {"kind": "gqa", "sinks": True, "sliding_window": 64}}},
-            ["/model/attention/sinks", "/model/attention/sliding_window"],
-        ),
-        ({"model": {"attention": {"kind": "gqa", "experts": {}}}}, ["/model/attention/experts"]),
-        ({"model": {"moe": {"bias": "expert", "router": {"bias": True}}}}, ["/model/moe/bias", "/model/moe/router/bias"]),
-        ({"model": {"sandwich_norm": True, "moe": {"activation": "gelu"}}}, ["/model/sandwich_norm", "/model/moe/activation"]),
+        ({"model": {"attention": {"kind": "lightning"}}}, ["/model/attention/kind"]),
+        ({"model": {"attention": {"kind": "gqa", "sinks": True, "sliding_window": 64}}}, []),
+        ({"model": {"attention": {"kind": "gqa", "experts": {}}}}, []),
+        ({"model": {"attention": {"kind": "gqa", "experts": {}}, "moe": None}}, ["/model/attention/experts"]),
+        ({"model": {"moe": {"bias": "expert", "router": {"bias": True}}}}, []),
+        ({"model": {"sandwich_norm": True, "mtp_depth": 1, "moe": {"activation": "gelu"}}}, []),
         ({"model": {"moe": {"activation": "swiglu"}}}, []),
-        ({"parallel": {"expert": 2}}, ["/parallel/expert"]),
         ({"parallel": {"data": 2}}, []),
+        ({"parallel": {"expert": 2}}, []),
     ],
 )
 def test_what_is_priced_but_not_trained_is_told_at_its_field(plain: Any, pointers: list[str]) -> None:
