@@ -91,6 +91,7 @@ class MadeUpRun:
         scalars += [3e-3 * min(1, step / 20) * (0.55 + 0.45 * np.cos(np.pi * at)), 21_000 + self.random.normal(0, 600), 97 + self.random.normal(0, 3)]
         scalars += [vio.mean(), ratio.std(1).mean(), entropy.mean(), (tokens == 0).sum(), dropped.sum() / tokens.sum()]
         tensors = {"expert_tokens": tokens, "router_prob": prob.astype(np.float32), "dropped": dropped, "router_entropy": entropy.astype(np.float32)}
+        tensors["balance_loss"] = (ratio * prob).sum(1, keepdims=True).astype(np.float32)
         yield StepDone(step=step, at=time.time(), scalars=np.array(scalars, np.float32), tensors=tensors)
         if spiking and step == round(SPIKE_AT * self.steps):
             router = [self._layer(i, ratio[i], float(entropy[i])) for i in range(len(self.layers))]
@@ -104,6 +105,7 @@ class MadeUpRun:
                 loss=float(loss) + 0.08,
                 by_domain={"code": float(loss) - 0.1, "prose": float(loss) + 0.2},
                 bits_per_byte=1.44,
+                batch_dependence=0.031,
             )
             yield self._specialisation(step, prob)
             path = f"/var/lib/moelab/runs/{self.run}/checkpoints/step-{step:08d}"

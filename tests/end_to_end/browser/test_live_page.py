@@ -85,6 +85,22 @@ def test_reads_the_router_with_pointer_keyboard_and_tables(live: Live, open_page
     expect(page.locator(HEATMAP)).to_have_attribute("aria-label", re.compile("8 rows, 100 columns"))
 
 
+def test_the_balancing_terms_are_shown_layer_by_layer_and_over_the_steps(live: Live, open_page: Opened) -> None:
+    run = live.made_up("balanced", 200)
+    run.train()
+    run.end()
+    page = open_page(f"/runs/{run.run}")
+    table = page.locator("#balancing-table")
+    expect(table.locator("th")).to_have_text(["layer", "switch_aux", "router entropy", "dropped"])
+    expect(table.locator("tbody tr")).to_have_count(4)
+    expect(table.locator("tbody tr").first).to_have_text(re.compile(r"^0\d\.\d+\d\.\d+ nats(0|\d+ \(\d+\.\d %\))$"))
+    expect(page.locator("#balancing .plot")).to_have_attribute("aria-label", re.compile("switch_aux"))
+    table.get_by_role("button", name="2").click()
+    expect(page.locator("#balancing h3")).to_have_text("Balancing of layer 2")
+    expect(table.locator("tr[aria-current]")).to_contain_text("2")
+    expect(page.locator("#events")).to_contain_text("logits differ by 3.1 % with the batch's other sequences")
+
+
 def test_a_spike_opens_to_what_the_router_did_and_takes_the_page_there(live: Live, open_page: Opened) -> None:
     run = live.made_up("a spike", 100)
     run.train()
