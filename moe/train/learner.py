@@ -147,7 +147,9 @@ class Learner:
         if self.ranks.mesh is None:
             yield self.model
             return
+        torch.manual_seed(self.spec.seed)  # what the start does not fill, routers above all, must be the same on every rank
         whole = build_model(self.spec.model)
+        fill_tables(whole, self.batches, self.spec.seed)
         yield whole
         self.model.load_state_dict(sharded.own(whole.state_dict(), self.ranks.mesh))
 

@@ -116,7 +116,7 @@ def test_noise_reaches_its_share_of_each_experts_units_and_no_other() -> None:
         assert torch.equal(change_EHD.ne(0).any(2), touched_EF.repeat(1, 2))
         assert not torch.equal(touched_EF[0], touched_EF[1])
         spread = change_EDF.transpose(1, 2)[touched_EF].std() / before.experts.w_out.std()
-        assert float(spread) == pytest.approx(0.1, rel=0.1)
+        assert spread.item() == pytest.approx(0.1, rel=0.1)
     assert all(torch.equal(noisy.state_dict()[name], tensor) for name, tensor in calm.state_dict().items() if ".experts." not in name)
 
 
