@@ -1,4 +1,7 @@
-"""DBRX: its attention and feed-forward fields have parts of their own; its LayerNorms have torch's eps and no bias."""
+"""DBRX: its attention and feed-forward fields have parts of their own; its LayerNorms have torch's eps and no bias.
+
+The base of the rotary positions stands in `attn_config`, where it was published, and in `rope_parameters`, where transformers 5 looks.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,6 @@ from spec.model import Model
 
 Plain = dict[str, Any]
 EPS = 1e-5
-# Fields of every configuration that the parts carry along, in transformers 4 with their defaults.
-_CARRIED = (
-    *("hidden_size", "head_dim", "add_cross_attention", "is_decoder", "is_encoder_decoder", "cross_attention_hidden_size"),
-    *("tie_encoder_decoder", "tie_word_embeddings", "pruned_heads", "attention_dropout", "uniform_expert_assignment"),
-)
 
 
 def _read_attention(config: Reader, part: Reader) -> Plain:
@@ -28,7 +26,7 @@ def _read_attention(config: Reader, part: Reader) -> Plain:
         "n_kv_heads": part.integer("kv_n_heads", 1),
         "clip_qkv": part.value("clip_qkv"),
     }
-    _leave(part)
+    part.unread()
     return found
 
 
@@ -38,7 +36,7 @@ def _read_experts(part: Reader, d_model: int) -> Plain:
         part.refuse("ffn_act_fn", f"{act!r} is not {{'name': 'silu'}}")
     part.must_be_off("moe_jitter_eps", "it shakes the experts' input as well as the router's")
     part.must_be("hidden_size", d_model, d_model, "it is d_model")
-    norm = part.value("moe_normalize_expert_weights", None)
+    norm = part.nullable("moe_normalize_expert_weights", 1.0)
     if norm not in (None, 1, 1.0):
         part.refuse("moe_normalize_expert_weights", f"{norm!r} is not 1 or null: gates are divided by their sum, or not at all")
     found = {
@@ -48,18 +46,8 @@ def _read_experts(part: Reader, d_model: int) -> Plain:
         "router": {"kind": "softmax_topk", "renormalise": norm is not None},
         "balance": balance(part.number("moe_loss_weight", 0.01)),
     }
-    _leave(part)
-    return found
-
-
-def _leave(part: Reader) -> None:
-    """Closes a part; what every configuration carries is harmless while it says nothing."""
-    for key in _CARRIED:
-        if not part.value(key):
-            continue
-        if key not in ("hidden_size", "tie_word_embeddings"):
-            part.refuse(key, "is not supported")
     part.unread()
+    return found
 
 
 def _read(config: Reader) -> Plain:

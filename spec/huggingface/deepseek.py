@@ -26,7 +26,7 @@ def _read_attention(config: Reader) -> Plain:
     return {
         "kind": "mla",
         "n_heads": heads,
-        "q_lora_rank": config.integer("q_lora_rank", 0),
+        "q_lora_rank": config.nullable("q_lora_rank", 1536) or 0,
         "kv_lora_rank": config.integer("kv_lora_rank", 512),
         "qk_nope_head_dim": nope,
         "qk_rope_head_dim": rope,

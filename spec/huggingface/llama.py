@@ -35,7 +35,7 @@ def _write_llama(model: Model, max_len: int) -> Plain:
 
 
 def _read_mistral(config: Reader) -> Plain:
-    window = config.value("sliding_window")
+    window = config.nullable("sliding_window", 4096)
     return {
         **read_trunk(config, eps=1e-6),
         "attention": {**read_heads(config, kv_heads=8), **always_windowed(window)},

@@ -51,7 +51,7 @@ def _positions(config: Reader, n_layers: int) -> Plain:
     every = bare[0] + 1 if bare else 0
     if bare and bare != list(range(every - 1, n_layers, every)):
         config.refuse("no_rope_layers", f"layers {bare} have no rotary positions, which is not every n-th")
-    chunk = config.value("attention_chunk_size")
+    chunk = config.nullable("attention_chunk_size", 8192)
     chunked = ["chunked_attention" if turn else "full_attention" for turn in turns[:n_layers]]
     types = config.text_list("layer_types", chunked)
     if types != chunked and not (chunk is None and set(types) == {"full_attention"}):

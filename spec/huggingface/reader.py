@@ -22,6 +22,8 @@ HARMLESS = frozenset(
     initial_context_length
     """.split()  # noqa: SIM905  (a list of 70 literals reads worse)
 )
+# Of every configuration; they change nothing while they are off.
+OFF = ("is_encoder_decoder", "is_decoder", "add_cross_attention", "cross_attention_hidden_size", "tie_encoder_decoder", "pruned_heads")
 _REQUIRED = object()
 MOST = 10**15
 MOST_LAYERS = 10_000
@@ -45,7 +47,7 @@ class Reader:
     def __init__(self, config: Mapping[str, Any], *at: str) -> None:
         self._config = config
         self._at = at
-        self._left = {key for key, value in config.items() if value is not None and key not in HARMLESS}
+        self._left = {key for key, value in config.items() if value is not None and key not in HARMLESS and (value or key not in OFF)}
         self.problems: list[Problem] = []
         self.notes: list[str] = []
 
@@ -57,6 +59,11 @@ class Reader:
         self._left.discard(key)
         found = self._config.get(key)
         return default if found is None else found
+
+    def nullable(self, key: str, default: Any) -> Any:
+        """The plain value of a field in which null means none, so that only a missing one means `default`."""
+        self._left.discard(key)
+        return self._config.get(key, default)
 
     def integer(self, key: str, default: Any = _REQUIRED) -> int:
         """A whole number from 0 to MOST."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +19,8 @@ from moe.huggingface.export import export
 from moe.huggingface.load import joined
 from moe.huggingface.source import Source, read_config
 from moe.model import Transformer, build_model
-from spec.huggingface import config_of, model_of
+from spec.huggingface import ConfigError, config_of, model_of
+from spec.huggingface.evaluated import differences
 from spec.model import Model
 from tests.moe.huggingface.published import FAMILIES, published, transformers
 
@@ -134,6 +137,40 @@ def test_there_and_back_again(name: str, imported: Callable[[str], Imported], tm
     assert all(torch.equal(tensor, mine[key]) for key, tensor in again.state_dict().items())
     # What we write has the names that the family's checkpoints have on the disk.
     assert {line.theirs for line in report.lines} == {line.theirs for line in it.report.lines if line.ours}
+
+
+def without(config: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+    """A copy that lacks the field at `path`."""
+    key, *rest = path
+    if not rest:
+        return {name: value for name, value in config.items() if name != key}
+    return {**config, key: without(config[key], tuple(rest))}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_missing_field_means_what_it_means_to_transformers(name: str, imported: Callable[[str], Imported]) -> None:
+    it = imported(name)
+    config = read_config(it.directory)
+    parts = [(key, inner) for key in ("attn_config", "ffn_config") for inner in config.get(key, {})]
+    compared = 0
+    for path in [*((key,) for key in config if key not in ("model_type", "transformers_version")), *parts]:
+        lacking = without(config, path)
+        try:
+            theirs = type(it.theirs.config).from_dict(copy.deepcopy(lacking)).to_dict()
+            wanted = model_of(json.loads(json.dumps(theirs)))
+        except Exception:  # Beside such small sizes some of their defaults are nonsense, and huggingface_hub has errors of its own for it.
+            continue
+        try:
+            got = model_of(lacking)
+        except ConfigError as error:
+            assert [problem.detail for problem in error.problems] == [f"{path[-1]}: is missing"]
+            continue
+        if (name, path) == ("dbrx", ("rope_parameters",)):  # Published with theta in attn_config, where transformers 5 does not look for it.
+            assert got.rope_theta == config["attn_config"]["rope_theta"]
+            continue
+        assert differences(got, wanted) == [], path
+        compared += 1
+    assert compared > 10
 
 
 @pytest.mark.parametrize("name", FAMILIES)
