@@ -149,7 +149,7 @@ class Learner:
             return
         torch.manual_seed(self.spec.seed)  # what the start does not fill, routers above all, must be the same on every rank
         whole = build_model(self.spec.model)
-        fill_tables(whole, self.batches, self.spec.seed)
+        fill_tables(whole, self.batches.domains, self.spec.seed)
         yield whole
         self.model.load_state_dict(sharded.own(whole.state_dict(), self.ranks.mesh))
 
