@@ -14,6 +14,7 @@ from experiments.models import Role, Run
 from experiments.pages import specialisation
 from experiments.pages.gate import page
 from experiments.pages.notices import router_notice
+from experiments.pages.traffic import expected_traffic
 from spec.diff import diff
 from spec.experiment import ExperimentSpec
 from spec.yaml_text import dump
@@ -28,6 +29,7 @@ def detail(request: HttpRequest, principal: Principal, run_id: int) -> HttpRespo
         "run": shown,
         "page_data": {"run": shown, "log_size": run.log_size},
         "router_notice": router_notice(run.spec),
+        "traffic": expected_traffic(run.spec),
         "expert_ranks": run.spec.get("parallel", {}).get("expert", 1),
         "dense": run.spec.get("model", {}).get("moe") is None,
         "may_edit": roles_include(principal, run.project_id, Role.EDITOR),

@@ -91,7 +91,7 @@ export class History {
     const span = chunkSteps(layers.length, experts);
     const from = Math.max(store.step - Math.ceil(span / 2), 1);
     const to = Math.max(Math.min(from + span, store.lastStep), store.step);
-    const rows = await this.steps(from, to, "scalars=&tensors=expert_tokens,router_prob,dropped,expert_bias,balance_loss,router_entropy", signal);
+    const rows = await this.steps(from, to, "scalars=&tensors=expert_tokens,router_prob,dropped,expert_bias,balance_loss,router_entropy,phase_ms,rank_tokens", signal);
     store.snapshots.add(from, to, snapshotsOf(rows));
     store.emit("snapshot");
   }

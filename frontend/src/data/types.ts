@@ -46,6 +46,7 @@ export interface Run {
   ops: Record<string, string>;
   versions?: Record<string, string>;
   balance_terms?: string[];
+  phases?: string[];
   resumed_from_step: number | null;
   url: string;
 }
