@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from django.db import transaction
-from django.db.models import F, Q, QuerySet
+from django.db.models import BigIntegerField, F, Q, QuerySet
+from django.db.models.fields.json import KT
+from django.db.models.functions import Cast, Coalesce
 
 from experiments import secret
 from experiments.actions.now import after_now
@@ -45,6 +47,7 @@ def claim(runs: QuerySet[Run], *, worker: Worker, free_slots: int, free_devices:
     n_cuda = sum(device.get("kind") == "cuda" for device in worker.devices)
     run = (
         runs.filter(state=State.QUEUED, recorded=False)
+        .annotate(begins_with=Coalesce(Cast(KT("spec__start__run"), BigIntegerField()), 0))
         .filter(_fits(len(cuda), n_cuda, cpu is not None))
         .exclude(_waits_for_another_host(worker))
         .select_for_update(skip_locked=True, of=("self",))
@@ -74,11 +77,13 @@ def _fits(free_cuda: int, n_cuda: int, has_cpu: bool) -> Q:
 
 
 def _waits_for_another_host(worker: Worker) -> Q:
-    """Runs whose checkpoints, their own or the one they begin from, lie on another host that is alive: there they can be read."""
+    """Runs whose checkpoints, their own or the one they begin with, lie on another host that is alive: there they can be read."""
     alive = after_now(-WORKER_SILENT_S)
     others = list(Worker.objects.filter(last_seen__gt=alive).exclude(host=worker.host).values_list("host", flat=True).distinct())
     own = Q(progress_checkpoint_step__gt=0, worker__last_seen__gt=alive) & ~Q(worker__host=worker.host)
-    return own | Q(resume_from__isnull=False, progress_checkpoint_step=0, resume_from__host__in=others)
+    resumed = Q(resume_from__isnull=False, resume_from__host__in=others)
+    begun = Q(begins_with__in=Run.objects.filter(worker__host__in=others).values("pk"))
+    return own | (Q(progress_checkpoint_step=0) & (resumed | begun))
 
 
 def _new_attempt(run: Run, token: str, worker: Worker, devices: list[str]) -> dict[str, Any]:

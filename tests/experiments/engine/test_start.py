@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import pytest
 from django.utils import timezone
 from rest_framework.test import APIClient
 
+from experiments.actions.claim import claim
 from experiments.actions.token import issue
 from experiments.models import Checkpoint, Project, Role, Run
 from spec.accounting import price
@@ -116,6 +118,23 @@ class TestAStart:
     def test_at_a_path_is_left_to_the_worker(self, ada: APIClient) -> None:
         for start in ({"kind": "checkpoint", "path": "/weights/a"}, {"kind": "huggingface", "path": "/weights/b"}):
             assert ada.post(RUNS, {"spec": {**people.TINY, "start": start}}).status_code == 201
+
+    def test_is_handed_to_the_host_that_holds_it_while_that_is_alive(self, ada: APIClient) -> None:
+        here, there = people.worker("here"), people.worker("there")
+        source = saved(people.queued(), 10)
+        Run.objects.filter(pk=source.pk).update(worker=there, state="succeeded")
+        made = ada.post(RUNS, starting(source.pk)).json()["id"]
+        assert claim(Run.objects.all(), worker=here, free_slots=1, free_devices=["cpu:0"]) is None
+        other = people.queued()
+        taken = claim(Run.objects.all(), worker=here, free_slots=1, free_devices=["cpu:0"])
+        assert taken is not None and taken.run.pk == other.pk
+        taken = claim(Run.objects.all(), worker=there, free_slots=1, free_devices=["cpu:0"])
+        assert taken is not None and taken.run.pk == made
+        Run.objects.filter(pk=made).update(state="queued", worker=None)
+        Run.objects.filter(pk=other.pk).update(state="succeeded")
+        type(there).objects.filter(pk=there.pk).update(last_seen=timezone.now() - timedelta(minutes=5))
+        taken = claim(Run.objects.all(), worker=here, free_slots=1, free_devices=["cpu:0"])
+        assert taken is not None and taken.run.pk == made  # which then says that the weights are not there
 
 
 @pytest.mark.django_db
