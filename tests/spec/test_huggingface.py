@@ -302,3 +302,14 @@ def test_a_family_can_be_asked_for() -> None:
         config_of(model, family="mixtral")
     with pytest.raises(ConfigError, match="not among"):
         config_of(model, family="gpt2")
+
+
+def test_every_field_is_compared_or_known_to_belong_to_training() -> None:
+    """A new field of a MoE layer or a router has to be put into `evaluated`, or here."""
+    training = {"random_share", "hash", "sinkhorn_iterations", "entropy_bonus", "policy_weight", "init_std", "jitter"}
+    detail = {"scorer_dim", "dtype", "n_groups", "top_groups", "group_score"}  # of what is compared already; precision is the run's
+    moe = tiny(moe={}).moe
+    assert moe is not None
+    found = evaluated(tiny(moe={}))["moe"]
+    assert set(type(moe).model_fields) - set(found) == {"first_k_dense"}  # `every` lists the layers
+    assert set(type(moe.router).model_fields) - set(found["router"]) == training | detail
