@@ -118,7 +118,9 @@ class TopKRouter(ScoringRouter):
 
     def take_best(self, logits_TE: Tensor, score_TE: Tensor, prob_TE: Tensor, figures: Mapping[str, Tensor] = {}) -> Decision:
         """The k highest of score + bias, only from the best groups where groups are limited, with their gates."""
-        choice_TE = score_TE.detach()
+        # Llama 4 compares logits: their sigmoids are all 1 from about 17 on.
+        by_logit = self.spec.kind == "sigmoid_input" and self.bias_E is None
+        choice_TE = (logits_TE if by_logit else score_TE).detach()
         if self.bias_E is not None:
             choice_TE = choice_TE + self.bias_E
         if self.spec.top_groups < self.spec.n_groups:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe.assignment import fair_shares
-from moe.router import Router, ScoringRouter
+from moe.router import Router, ScoringRouter, TopKRouter
 from moe.router_expert_choice import ExpertChoiceRouter
 from moe.router_kinds import build_router
 from moe.router_noise import NoisyTopKRouter
@@ -494,3 +494,13 @@ def test_random_in_evaluation_differs_from_place_to_place():
 def test_what_a_kind_cannot_use_is_refused_by_name(fields, named):
     with pytest.raises(ValueError, match=f"(?s){named}"):
         routing.Router.model_validate(fields)
+
+
+def test_the_sigmoid_of_the_input_chooses_by_logits_that_its_sigmoids_cannot_tell_apart() -> None:
+    built = build_router(routing.Router(kind="sigmoid_input"), 2, 3, 1, biased=False, vocab_size=8)
+    assert isinstance(built, TopKRouter)
+    with torch.no_grad():
+        built.weight.copy_(torch.tensor([[20.0, 0.0], [30.0, 0.0], [25.0, 0.0]]))
+    decision = built(torch.tensor([[1.0, 0.0]]))
+    assert decision.score_TE is not None and decision.score_TE.unique().numel() == 1
+    assert decision.expert_TK.tolist() == [[1]]
