@@ -13,7 +13,7 @@ def table(cost: Price) -> str:
         ("active", f"{active.with_embeddings:,}"),
         ("  without input embedding", f"{active.without_input_embedding:,}"),
         ("  without embeddings", f"{active.without_embeddings:,}"),
-        *([("multi-token prediction, beside", f"{cost.mtp_params:,}")] if cost.mtp_params else []),
+        *([("multi-token prediction", f"{cost.mtp_params:,}")] if cost.mtp_params else []),
         ("FLOPs per token, forward", f"{flops.forward:,}"),
         ("FLOPs per token, training", f"{flops.training:,}"),
         ("tokens per step", f"{cost.tokens_per_step:,}"),
