@@ -233,15 +233,15 @@ class Client:
         return self._post(f"/runs/{run_id}/resume")
 
     def restart(self, run_id: int) -> Json:
-        return self._post(f"/runs/{run_id}/restart")
+        return self._post(f"/runs/{run_id}/restart", key=uuid.uuid4().hex)
 
     def checkpoint(self, run_id: int) -> Json:
         """Asks the run to save a checkpoint now and go on."""
         return self._post(f"/runs/{run_id}/checkpoint")
 
-    def clone(self, run_id: int, *, set: Mapping[str, Any] | None = None, name: str | None = None) -> Json:
+    def clone(self, run_id: int, *, set: Mapping[str, Any] | None = None, name: str | None = None, idempotency_key: str | None = None) -> Json:
         """Queues a run like this one with some fields changed, by dotted path."""
-        return self._post(f"/runs/{run_id}/clone", _given(set=dict(set or {}) or None, name=name))
+        return self._post(f"/runs/{run_id}/clone", _given(set=dict(set or {}) or None, name=name), key=idempotency_key or uuid.uuid4().hex)
 
     def edit(self, run_id: int, **fields: Any) -> Json:
         """Changes name, notes, tags, starred, archived or priority."""

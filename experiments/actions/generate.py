@@ -9,7 +9,7 @@ from django.contrib.auth.models import User
 from django.db import transaction
 
 from experiments.actions.describe import Refused
-from experiments.actions.transition import StateConflict
+from experiments.actions.transition import StateConflict, locked
 from experiments.doorbell import ring_after_commit
 from experiments.models import Generation, GenerationState, Run
 from spec.problems import Problem
@@ -35,8 +35,9 @@ def generate(
 ) -> Generation:
     """A queued generation from the run's checkpoint at `step`, or its newest. `parameters`: tokens, temperature, top_p, top_k, seed.
 
-    Raises Refused for what this run cannot answer, StateConflict while it has no checkpoint or too much waits.
+    Raises Refused for what this run cannot answer, StateConflict while it has no checkpoint or too much waits, and Run.DoesNotExist.
     """
+    run = locked(run.pk)  # so that those who ask at once count each other
     saved = run.checkpoints.filter(deleted=False)
     if not saved.exists():
         raise StateConflict(run, "generate: it has no checkpoint")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from django.db import transaction
-from django.db.models import F, QuerySet
+from django.db.models import F, Q, QuerySet
 from django.db.models.functions import Now
 
 from experiments.actions.claim import WORKER_SILENT_S
@@ -105,8 +105,8 @@ def take_back() -> bool:
         else:
             _requeue(generation)
     late = Generation.objects.filter(state=GenerationState.QUEUED, created_at__lt=after_now(-PATIENCE_S))
-    if Generation.objects.filter(state=GenerationState.RUNNING).exists():
-        late = late.none()  # It may only stand in a queue: a host answers one after the other.
+    if Generation.objects.filter(Q(state=GenerationState.RUNNING) | Q(started_at__gt=after_now(-PATIENCE_S))).exists():
+        late = late.none()  # It may only stand in a queue: a host answers one after the other, and one that was taken back may go to another.
     for generation in late.select_for_update(skip_locked=True).order_by("id")[:1000]:
         none = {"reason": "no_worker", "detail": f"no worker has taken it for {PATIENCE_S // 60} minutes"}
         _end(generation, GenerationState.FAILED, **(_nowhere(generation) if generation.not_here else none))

@@ -9,15 +9,17 @@ from typing import Annotated, Any
 
 from django.db import IntegrityError, transaction
 from django.http import Http404
-from drf_spectacular.utils import OpenApiParameter, extend_schema
+from drf_spectacular.utils import extend_schema
 from pydantic import BaseModel, Field
 from rest_framework.request import Request
 from rest_framework.response import Response
 
 from experiments.actions.generate import MAX_PROMPT, MAX_TOKENS, generate
 from experiments.api.endpoint import Body, Endpoint, Query, items, parameters
+from experiments.api.idempotency import KEY, given_key
 from experiments.api.problems import FieldError, Problem
 from experiments.api.shapes import Small
+from experiments.api.worker_generations import Written
 from experiments.models import Generation, Run
 from spec.text import Text
 
@@ -66,7 +68,7 @@ class GenerationResource(GenerationSummary):
     It has one entry for each token, the prompt's included: ids, texts, log_probs, and experts and gates as [token][MoE layer][choice].
     """
 
-    result: dict[str, Any] | None
+    result: Written | None
 
 
 class GenerationList(BaseModel):
@@ -106,14 +108,12 @@ class Generations(Endpoint):
     @extend_schema(
         operation_id="generate",
         request=GenerateBody,
-        parameters=[OpenApiParameter("Idempotency-Key", {"type": "string", "minLength": 1, "maxLength": 200}, "header")],
+        parameters=[KEY],
         responses={201: GenerationResource, 200: GenerationResource},
     )
     def post(self, request: Request, run_id: int) -> Response:
         """Queues a generation. Sent again with the same Idempotency-Key and body it answers 200 with the same one."""
-        key = request.headers.get("Idempotency-Key")
-        if key is not None and not (0 < len(key) <= 200 and key.isascii() and key.isprintable()):
-            raise Problem("malformed", "Idempotency-Key: 1 to 200 printable ASCII characters")
+        key = given_key(request)
         body, run = self.body(GenerateBody), self.run(run_id)
         known = self._known(run, key, body)
         if known is not None:

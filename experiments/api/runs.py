@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import Any
 
-from django.db import connection, transaction
-from drf_spectacular.utils import OpenApiParameter, extend_schema
+from drf_spectacular.utils import extend_schema
 from pydantic import BaseModel
 from rest_framework.request import Request
 from rest_framework.response import Response
@@ -21,11 +18,11 @@ from experiments.actions.start import origin
 from experiments.actions.submit import submit
 from experiments.actions.transition import StateConflict
 from experiments.api.endpoint import Endpoint, items, parameters
-from experiments.api.problems import FieldError, Problem
+from experiments.api.idempotency import KEY, MakesRuns, given_key
 from experiments.api.resources import RunResource, run_json
 from experiments.api.runs_query import RunsQuery
 from experiments.api.shapes import BulkBody, CheckpointReference, Described, RecordBody, SubmitBody
-from experiments.models import Checkpoint, IdempotencyKey, Role, Run
+from experiments.models import Checkpoint, Role, Run
 from experiments.telemetry.sparkline import sparklines
 from spec.problems import Problem as FieldProblem
 
@@ -53,7 +50,7 @@ class BulkResult(BaseModel):
     refused: list[dict[str, Any]]
 
 
-class Runs(Endpoint):
+class Runs(MakesRuns):
     """Runs of the projects one belongs to."""
 
     @extend_schema(operation_id="list_runs", parameters=parameters(RunsQuery), responses=RunList)
@@ -69,24 +66,17 @@ class Runs(Endpoint):
     @extend_schema(
         operation_id="submit_run",
         request=SubmitBody,
-        parameters=[OpenApiParameter("Idempotency-Key", {"type": "string", "minLength": 1, "maxLength": 200}, "header")],
+        parameters=[KEY],
         responses={201: RunResource, 200: RunResource},
     )
     def post(self, request: Request) -> Response:
         """Queues a run. Sent again with the same Idempotency-Key and body it answers 200 with the same run."""
-        key = request.headers.get("Idempotency-Key")
-        if key is not None and not (0 < len(key) <= 200 and key.isascii() and key.isprintable()):
-            raise Problem("malformed", "Idempotency-Key: 1 to 200 printable ASCII characters")
+        given_key(request)
         body = self.body(SubmitBody)
         if body.validate_only:
             return _validated(body, self.principal)
-        with transaction.atomic():
-            if key is not None and (known := self._known(key)):
-                return _created(known, 200)
-            run = self._submit(body)
-            if key is not None:
-                IdempotencyKey.objects.create(user=self.principal.user, key=key, body_sha256=self._digest(), run=run)
-        return _created(run, 201)
+        run, new = self.once(lambda: self._submit(body))
+        return _created(run, 201 if new else 200)
 
     def _submit(self, body: SubmitBody) -> Run:
         project = self.project(body.project)
@@ -114,23 +104,6 @@ class Runs(Endpoint):
             raise Refused([FieldProblem("/resume_from", f"run {wanted.run} has no such checkpoint")])
         place = {"run": newest.run_id, "step": newest.step, "path": newest.path, "host": newest.run.worker.host if newest.run.worker else ""}
         return place, newest.run
-
-    def _digest(self) -> str:
-        return hashlib.sha256(json.dumps(self.request.data, sort_keys=True).encode()).hexdigest()
-
-    def _known(self, key: str) -> Run | None:
-        """The run that this key made, if any; holds the key until the transaction ends. Raises Problem (409, 422)."""
-        name = hashlib.sha256(f"{self.principal.user.pk}:{key}".encode()).digest()[:8]
-        with connection.cursor() as cursor:
-            cursor.execute("SELECT pg_try_advisory_xact_lock(%s)", [int.from_bytes(name, "big", signed=True)])
-            if not cursor.fetchone()[0]:
-                raise Problem("conflict", "a request with this Idempotency-Key is still being worked on")
-        known = IdempotencyKey.objects.select_related(*(f"run__{name}" for name in _WITH)).filter(user=self.principal.user, key=key).first()
-        if known is not None and known.body_sha256 != self._digest():
-            raise Problem(
-                "invalid", "this Idempotency-Key was used with another body", [FieldError(detail="Idempotency-Key: used with another body")]
-            )
-        return known.run if known else None
 
 
 class Validate(Endpoint):

@@ -13,7 +13,7 @@ from experiments.actions.clone import clone
 from experiments.actions.pause import pause
 from experiments.actions.restart import restart
 from experiments.actions.resume import resume
-from experiments.api.endpoint import Endpoint
+from experiments.api.idempotency import KEY, MakesRuns
 from experiments.api.resources import RunResource, run_json
 from experiments.api.shapes import CloneBody, EmptyBody
 from experiments.models import Run
@@ -21,7 +21,7 @@ from experiments.models import Run
 _ACCEPTED = {202: RunResource}
 
 
-class _Verb(Endpoint):
+class _Verb(MakesRuns):
     def answer(self, run: Run, status: int = 202) -> Response:
         """The run as it is now. A new run is also named in Location."""
         headers = {} if run.pk == self.kwargs["run_id"] else {"Location": f"/api/v1/runs/{run.pk}"}
@@ -71,19 +71,25 @@ class Checkpoint(_Verb):
 class Restart(_Verb):
     """Runs the same again."""
 
-    @extend_schema(operation_id="restart_run", request=EmptyBody, responses=_ACCEPTED)
+    @extend_schema(operation_id="restart_run", request=EmptyBody, parameters=[KEY], responses=_ACCEPTED)
     def post(self, request: Request, run_id: int) -> Response:
         """A new run of the same spec, from step 1; its parent is this one, which must have ended."""
         self.body(EmptyBody)
-        return self.answer(restart(self.run(run_id), user=self.principal.user, runs=access.visible_runs(self.principal)))
+        runs = access.visible_runs(self.principal)
+        made, _ = self.once(lambda: restart(self.run(run_id), user=self.principal.user, runs=runs), "restart", run_id)
+        return self.answer(made)
 
 
 class Clone(_Verb):
     """Runs a variant."""
 
-    @extend_schema(operation_id="clone_run", request=CloneBody, responses={201: RunResource})
+    @extend_schema(operation_id="clone_run", request=CloneBody, parameters=[KEY], responses={201: RunResource, 200: RunResource})
     def post(self, request: Request, run_id: int) -> Response:
-        """A new run with single fields of the spec changed by dotted path; its parent is this one."""
+        """A new run with single fields of the spec changed by dotted path; its parent is this one.
+
+        Sent again with the same Idempotency-Key and body it answers 200 with the same run.
+        """
         body = self.body(CloneBody)
-        made = clone(self.run(run_id), user=self.principal.user, runs=access.visible_runs(self.principal), changes=body.set, name=body.name)
-        return self.answer(made, 201)
+        user, runs = self.principal.user, access.visible_runs(self.principal)
+        made, new = self.once(lambda: clone(self.run(run_id), user=user, runs=runs, changes=body.set, name=body.name), "clone", run_id)
+        return self.answer(made, 201 if new else 200)

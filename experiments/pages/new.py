@@ -7,7 +7,7 @@ from typing import Any
 from django.http import Http404, HttpRequest, HttpResponse
 from django.shortcuts import render
 
-from experiments.access import Principal, visible_projects, visible_runs
+from experiments.access import Principal, roles_include, visible_projects, visible_runs
 from experiments.models import Role, Run
 from experiments.pages import successor
 from experiments.pages.form import sections, spec_form
@@ -27,6 +27,7 @@ def new(request: HttpRequest, principal: Principal) -> HttpResponse:
     made = successor.wanted(request.GET.get("as", ""), parent)
     initial = _initial(parent, name, request.GET.get("method", ""), made)
     begun = initial.get("start", {}).get("kind", "scratch") != "scratch"
+    clones = parent is not None and roles_include(principal, parent.project_id, Role.EDITOR)  # a viewer submits it elsewhere
     context = {
         "form": spec_form(),
         "sections": sections(),
@@ -34,11 +35,12 @@ def new(request: HttpRequest, principal: Principal) -> HttpResponse:
         "prefix": "",
         "initial": initial,
         "parent": parent,
+        "clones": clones,
         "parent_title": made.title,
         "compared_with": successor.compared_with(parent, made),
         "preset_name": name,
         "preset_groups": groups(),
-        "projects": visible_projects(principal, Role.EDITOR).order_by("name"),
+        "projects": [parent.project] if parent and clones else visible_projects(principal, Role.EDITOR).order_by("name"),
     }
     return render(request, "pages/new.html", context)
 
@@ -47,7 +49,8 @@ def _parent(request: HttpRequest, principal: Principal) -> Run | None:
     given = request.GET.get("from", "")
     if not given:
         return None
-    run = visible_runs(principal).filter(pk=int(given)).first() if given.isascii() and given.isdigit() and len(given) < 19 else None
+    runs = visible_runs(principal).select_related("project")
+    run = runs.filter(pk=int(given)).first() if given.isascii() and given.isdigit() and len(given) < 19 else None
     if run is None or not run.spec:
         raise Http404
     return run

@@ -140,6 +140,16 @@ def test_a_method_opens_the_form_with_its_spec() -> None:
     assert client.get("/runs/new?method=nothing").status_code == 404
 
 
+def test_an_editor_clones_within_the_runs_project_and_a_viewer_launches_in_a_project_of_his_own(db: None) -> None:
+    run, mine = hostile_run("a run"), Project.objects.create(name="mine")
+    editor, viewer = signed_in("ada", Role.EDITOR), signed_in("vic", Role.VIEWER)
+    for name in ("ada", "vic"):
+        people.user(name, mine, Role.EDITOR)
+    cloned, copied = editor.get(f"/runs/new?from={run.pk}"), viewer.get(f"/runs/new?from={run.pk}")
+    assert [project.name for project in cloned.context["projects"]] == ["default"] and f'data-parent="{run.pk}"' in cloned.content.decode()
+    assert [project.name for project in copied.context["projects"]] == ["mine"] and "data-parent" not in copied.content.decode()
+
+
 def test_a_run_leads_to_its_successors(db: None) -> None:
     dense = {**people.TINY, "model": {**people.TINY["model"], "d_ff": 32, "moe": None}}
     runs = [

@@ -1,5 +1,5 @@
 /** A generation as REST tells it: the text token by token, and which experts took each token in each MoE layer. */
-import { change, getBlock, getJson } from "./api";
+import { ApiError, change, getBlock, getJson } from "./api";
 import { decodeSteps } from "./steps";
 
 export interface Written {
@@ -41,12 +41,21 @@ export const isPending = (generation: Generation): boolean => generation.state =
 
 export const ask = (run: number, wanted: Record<string, unknown>): Promise<Generation> => change<Generation>("POST", `/runs/${run}/generations`, wanted, { "Idempotency-Key": crypto.randomUUID() });
 
-/** Looks until the generation has ended, and tells of each look. */
+/** How many looks in a row may fail while the server is away. */
+const MAX_MISSES = 100;
+
+/** Looks until the generation has ended, and tells of each look. A server that is away for a while is borne. */
 export async function follow(run: number, id: number, tell: (generation: Generation) => void, signal: AbortSignal): Promise<void> {
-  for (;;) {
-    const generation = await getJson<Generation>(`/runs/${run}/generations/${id}`, signal);
-    tell(generation);
-    if (!isPending(generation)) return;
+  for (let misses = 0; ; ) {
+    try {
+      const generation = await getJson<Generation>(`/runs/${run}/generations/${id}`, signal);
+      misses = 0;
+      tell(generation);
+      if (!isPending(generation)) return;
+    } catch (error) {
+      const away = error instanceof ApiError && (error.problem.status === 0 || error.problem.status >= 500);
+      if (!away || ++misses > MAX_MISSES) throw error;
+    }
     await new Promise((resolve) => setTimeout(resolve, document.hidden ? 5 * LOOK_MS : LOOK_MS));
     if (signal.aborted) return;
   }

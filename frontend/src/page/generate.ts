@@ -12,6 +12,8 @@ const text = new WrittenText();
 const layerSelect = byId<HTMLSelectElement>("written-layer");
 const usage = new Usage((row) => chooseLayer(row));
 let looking: AbortController | null = null;
+/** The text whose experts are shown; what is fetched for an earlier one comes too late. */
+let shown: Written | null = null;
 
 function chooseLayer(row: number): void {
   layerSelect.value = String(row);
@@ -33,7 +35,9 @@ function show(generation: Generation): void {
   reason.hidden = generation.state !== "failed";
   setText(reason, [generation.reason.replaceAll("_", " "), generation.detail].filter(Boolean).join(": "));
   byId("written").hidden = !result;
+  shown = null;
   if (!result) byId("usage").hidden = true;
+  byId("token-card").hidden = !result?.moe_layers.length;
   byId("generation-notes").replaceChildren(...(result?.notes ?? []).map((note) => el("p", { className: "note" }, note)));
   byId("written-layer-field").hidden = !result?.moe_layers.length;
   if (result) void showResult(result).catch(tellError);
@@ -45,8 +49,10 @@ async function showResult(written: Written): Promise<void> {
   text.draw(written);
   chooseLayer(layer);
   if (!written.moe_layers.length) return;
+  shown = written;
   usage.show(written, null);
-  usage.show(written, await trainingLoad(run.id, written));
+  const load = await trainingLoad(run.id, written);
+  if (shown === written) usage.show(written, load);
 }
 
 function look(id: number): void {
@@ -67,6 +73,7 @@ function initForm(form: HTMLFormElement): void {
   const button = byId<HTMLButtonElement>("generate-send");
   for (const output of all<HTMLOutputElement>("output[for]", form)) {
     const input = byId<HTMLInputElement>(output.htmlFor.value);
+    setText(output, input.value); // a slider does not reach every value that REST takes
     input.addEventListener("input", () => setText(output, input.value));
   }
   byId("prompt").addEventListener("keydown", (event) => {

@@ -24,7 +24,7 @@ function apply(box: HTMLInputElement, target: HTMLElement): void {
   }
   for (const group of all("[data-entries]", target)) group.hidden = all("[data-entry]", group).every((entry) => entry.hidden);
   const said = box.dataset.count ? byId(box.dataset.count) : null;
-  if (said) said.textContent = words(box.value).length ? `${left} left` : "";
+  if (said) said.textContent = words(box.value).length ? (left ? `${left} left` : "Nothing has all of these words.") : "";
 }
 
 /** Takes the first option that is left, as a choice by hand. */

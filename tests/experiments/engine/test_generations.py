@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from datetime import timedelta
 from typing import Any
 
@@ -11,7 +12,9 @@ from django.db import connection
 from django.utils import timezone
 from rest_framework.test import APIClient
 
+from experiments.actions.generate import MAX_WAITING
 from experiments.actions.serve_generation import claim_generation, take_back
+from experiments.actions.token import issue
 from experiments.models import Checkpoint, Generation, Project, Role, Run, Worker
 from experiments.reconcile import reconcile_once
 from tests.experiments.engine import people
@@ -244,6 +247,15 @@ class TestTheWorker:
         Generation.objects.update(created_at=timezone.now() - timedelta(minutes=11))
         assert take_back() is True
 
+    def test_what_was_taken_back_late_may_go_to_another(self, ada: APIClient, host: APIClient, run: Run) -> None:
+        ask(ada, run)
+        take(host, people.worker())
+        gone, long_ago = timezone.now() - timedelta(seconds=1), timezone.now() - timedelta(minutes=11)
+        Generation.objects.update(created_at=long_ago, lease_until=gone)
+        assert take_back() is True, "it stood in a queue, then its worker vanished: another may have the checkpoint"
+        Generation.objects.update(started_at=long_ago)
+        assert take_back() is False
+
     def test_the_reconciler_judges_no_lease_before_it_is_trusted(self, ada: APIClient, host: APIClient, run: Run) -> None:
         ask(ada, run)
         take(host, people.worker())
@@ -275,27 +287,40 @@ def test_of_many_workers_at_once_exactly_one_gets_it() -> None:
     assert sum(offer is not None for offer in got) == 1
 
 
-@pytest.mark.django_db(transaction=True)
-def test_the_same_request_twice_at_once_makes_one() -> None:
-    run = people.queued()
-    saved(run, 20)
-    from experiments.actions.token import issue
-
+def asked_at_once(run: Run, keys: list[str | None]) -> list[int]:
+    """The statuses of as many requests as there are keys, all at the same moment."""
     secret = issue(user=people.ada(), name="t", scopes=["write"]).secret
-    barrier, statuses = threading.Barrier(4), []
+    barrier, statuses = threading.Barrier(len(keys)), []
 
-    def race() -> None:
+    def race(key: str | None) -> None:
         client = APIClient(raise_request_exception=False)
         client.credentials(HTTP_AUTHORIZATION=f"Bearer {secret}")
         barrier.wait()
         try:
-            statuses.append(ask(client, run, key="same", prompt="x").status_code)
+            statuses.append(ask(client, run, key=key, prompt="x").status_code)
         finally:
             connection.close()
 
-    threads = [threading.Thread(target=race) for _ in range(4)]
+    threads = [threading.Thread(target=race, args=(key,)) for key in keys]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(statuses) == [200, 200, 200, 201] and Generation.objects.count() == 1
+    return sorted(statuses)
+
+
+@pytest.mark.django_db(transaction=True)
+def test_the_same_request_twice_at_once_makes_one() -> None:
+    run = people.queued()
+    saved(run, 20)
+    assert asked_at_once(run, ["same"] * 4) == [200, 200, 200, 201] and Generation.objects.count() == 1
+
+
+@pytest.mark.django_db(transaction=True)
+def test_requests_at_once_do_not_pass_the_limit_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("experiments.actions.generate.ring_after_commit", lambda: time.sleep(0.3))  # written, and not yet to be seen
+    run = people.queued()
+    saved(run, 20)
+    for _ in range(MAX_WAITING - 1):
+        Generation.objects.create(run=run, creator=people.ada(), prompt="", parameters={"tokens": 1})
+    assert asked_at_once(run, [None] * 6) == [201, *[409] * 5] and Generation.objects.count() == MAX_WAITING

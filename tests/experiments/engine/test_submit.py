@@ -16,6 +16,7 @@ from django.db import connection, transaction
 from rest_framework.test import APIClient
 
 from experiments import doorbell
+from experiments.actions.cancel import cancel
 from experiments.actions.describe import Refused, check, resolve
 from experiments.actions.submit import submit
 from experiments.models import IdempotencyKey, Run, Transition
@@ -105,6 +106,18 @@ class TestIdempotency:
         assert not IdempotencyKey.objects.exists()
         ids = {who.post(RUNS, {"spec": people.TINY}, headers={"Idempotency-Key": "k"}).json()["id"] for who in (ada, bob)}
         assert len(ids) == 2
+
+    def test_clones_and_restarts_have_it_too(self, ada: APIClient) -> None:
+        run = people.queued()
+        cancel(run.pk, by="user:ada")
+        for verb, statuses in (("clone", [201, 200]), ("restart", [202, 202])):
+            path, key = f"{RUNS}/{run.pk}/{verb}", {"Idempotency-Key": verb}
+            answers = [ada.post(path, {}, headers=key) for _ in statuses]
+            assert [answer.status_code for answer in answers] == statuses
+            assert len({answer.json()["id"] for answer in answers}) == 1
+        assert Run.objects.count() == 3
+        other = ada.post(f"{RUNS}/{Run.objects.last().pk}/clone", {}, headers={"Idempotency-Key": "clone"})
+        assert other.status_code == 422, "the same words about another run"
 
     @pytest.mark.parametrize("key", ["", "x" * 201, "ä"])
     def test_a_key_that_is_none(self, ada: APIClient, key: str) -> None:

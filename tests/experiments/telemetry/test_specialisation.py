@@ -93,7 +93,8 @@ def test_rest_gives_counts_and_shares(run: Run) -> None:
             np.testing.assert_allclose(one["expert_share"], column / one["tokens"])
     assert api(run).get(f"/api/v1/runs/{run.pk}/specialisation").json()["step"] == 2
     for query, status in (("step=3", 404), ("layer=2", 404), ("layer=x", 400), ("step=-1", 400), ("page=1", 400)):
-        assert api(run).get(f"/api/v1/runs/{run.pk}/specialisation?{query}").status_code == status, query
+        refused = api(run).get(f"/api/v1/runs/{run.pk}/specialisation?{query}")
+        assert refused.status_code == status and refused.json()["detail"], query
 
 
 def test_a_run_without_counts_says_so(run: Run) -> None:
