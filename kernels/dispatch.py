@@ -27,7 +27,14 @@ def expert_ffn(
     H is 2F (gate rows first) for gated activations, else F. Differentiable in all but `expert_TK` (int64). With a `capacity`, which no
     expert may exceed, every expert runs over exactly so many rows.
     """
-    which = _expert_ffn(x_TD.device.type, x_TD.dtype, training=torch.is_grad_enabled(), biased=b_in_EH is not None, padded=capacity is not None)
+    which = _expert_ffn(
+        x_TD.device.type,
+        x_TD.dtype,
+        training=torch.is_grad_enabled(),
+        biased=b_in_EH is not None,
+        padded=capacity is not None,
+        aligned=is_aligned(*w_out_EDF.shape[1:]),
+    )
     if which == "triton":
         from kernels import experts_triton
 
@@ -38,14 +45,19 @@ def expert_ffn(
     return run(x_TD, w_in_EHD, w_out_EDF, expert_TK, gate_TK, activation, b_in_EH)
 
 
-def _expert_ffn(device: str, dtype: torch.dtype, *, training: bool, biased: bool = False, padded: bool = False) -> str:
+def is_aligned(*widths: int) -> bool:
+    """Whether bfloat16 rows of these widths are multiples of the 16 bytes that grouped products on CUDA want."""
+    return all(width % 8 == 0 for width in widths)
+
+
+def _expert_ffn(device: str, dtype: torch.dtype, *, training: bool, biased: bool = False, padded: bool = False, aligned: bool = True) -> str:
     if padded:
         return "padded"
     if device == "cpu":
         return "cpu"
     if device == "cuda" and not training and not biased and find_spec("triton"):
         return "triton"
-    return "grouped_mm" if device == "cuda" and dtype == torch.bfloat16 else "naive"
+    return "grouped_mm" if device == "cuda" and dtype == torch.bfloat16 and aligned else "naive"
 
 
 def attend(q_BHSC: Tensor, k_BGSC: Tensor, v_BGSV: Tensor) -> Tensor:
@@ -89,16 +101,18 @@ def implementations(
     biased: bool = False,
     padded: bool = False,
     masked: bool = False,
+    aligned: bool = True,
 ) -> dict[str, str]:
     """Operation to the implementation that runs it on `device` for products in `dtype`; shown on the run page.
 
-    `biased`: the experts have biases; `padded`: they run over exactly their capacity; `masked`: some attention is not plainly causal.
+    `biased`: the experts have biases; `padded`: they run over exactly their capacity; `masked`: some attention is not plainly causal;
+    `aligned`: see `is_aligned`, of the model's and the experts' widths.
     """
     kind = torch.device(device).type
     ours = kind == "cpu"
     return {
-        "expert_ffn": _expert_ffn(kind, dtype, training=True, biased=biased, padded=padded),
-        "expert_ffn (evaluation)": _expert_ffn(kind, dtype, training=False, biased=biased, padded=padded),
+        "expert_ffn": _expert_ffn(kind, dtype, training=True, biased=biased, padded=padded, aligned=aligned),
+        "expert_ffn (evaluation)": _expert_ffn(kind, dtype, training=False, biased=biased, padded=padded, aligned=aligned),
         "attention": "cpu" if ours and dtype == torch.bfloat16 else "sdpa",
         **({"attention (masked)": "blocks"} if masked else {}),
         "rms_norm": "cpu" if ours else "torch",

@@ -19,7 +19,7 @@ def expert_ffn(
     y_TD = torch.zeros_like(x_TD)
     for expert in range(w_in_EHD.shape[0]):
         token_N, slot_N = (expert_TK == expert).nonzero(as_tuple=True)
-        h_NH = x_TD[token_N] @ w_in_EHD[expert].T
+        h_NH = x_TD[token_N] @ w_in_EHD[expert].T.to(x_TD.dtype)
         h_NF = hidden(h_NH if b_in_EH is None else h_NH + b_in_EH[expert].to(h_NH.dtype), activation)
-        y_TD = y_TD.index_add(0, token_N, gate_TK[token_N, slot_N, None].to(x_TD.dtype) * (h_NF @ w_out_EDF[expert].T))
+        y_TD = y_TD.index_add(0, token_N, gate_TK[token_N, slot_N, None].to(x_TD.dtype) * (h_NF @ w_out_EDF[expert].T.to(x_TD.dtype)))
     return y_TD

@@ -16,6 +16,8 @@ from spec.balance import BalanceLoss, BalanceTerm
 from spec.moe import Moe
 from spec.routing import Router
 
+_LOWEST_STD = 1e-10  # Below it softplus nears 0, and the gradient of a quotient by 0 is no number.
+
 
 def loss_terms(balance: Sequence[BalanceTerm]) -> tuple[BalanceLoss, ...]:
     """The terms that add to the loss, in the spec's order: all but the loss-free bias."""
@@ -127,7 +129,7 @@ def load_cv2(noise: Noise | None, choice_TE: Tensor | None, top_k: int, count_E:
     last_T1, next_T1 = best_TN[:, top_k - 1 : top_k], best_TN[:, top_k:]
     threshold_TE = torch.where(noisy_TE > next_T1, next_T1, last_T1)
     alone_TE = threshold_TE == -torch.inf  # no more than k experts are open: chosen whatever the noise
-    margin_TE = (clean_TE - threshold_TE.masked_fill(alone_TE, 0.0)) / std_TE
+    margin_TE = (clean_TE - threshold_TE.masked_fill(alone_TE, 0.0)) / std_TE.clamp_min(_LOWEST_STD)
     chance_TE = torch.special.ndtr(margin_TE).masked_fill(alone_TE, 1.0).masked_fill(closed_TE, 0.0)
     return cv2(chance_TE.sum(0))
 

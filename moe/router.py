@@ -20,6 +20,7 @@ from spec import routing
 
 FIRST_TEMPERATURE = 0.3  # of cosine scores (Chi 2022, section 4.1)
 LOWEST_TEMPERATURE = 0.01
+_LOWEST_SUM = 1e-20  # Scores that a token's experts were not chosen by (bias, groups, chance) may all be 0 in float32.
 
 
 class Router(nn.Module):
@@ -114,7 +115,7 @@ class TopKRouter(ScoringRouter):
             score_TE = logits_TE.softmax(-1)
             return self.take_best(logits_TE, score_TE, score_TE)
         score_TE = logits_TE.sigmoid()
-        return self.take_best(logits_TE, score_TE, score_TE / score_TE.sum(-1, keepdim=True))
+        return self.take_best(logits_TE, score_TE, normalised(score_TE))
 
     def take_best(self, logits_TE: Tensor, score_TE: Tensor, prob_TE: Tensor, figures: Mapping[str, Tensor] = {}) -> Decision:
         """The k highest of score + bias, only from the best groups where groups are limited, with their gates."""
@@ -139,7 +140,7 @@ class TopKRouter(ScoringRouter):
         else:
             gate_TK = score_TE.gather(-1, expert_TK)
             if kind in ("sigmoid_topk", "gshard", "noisy_topk") or self.spec.renormalise:
-                gate_TK = gate_TK / gate_TK.sum(-1, keepdim=True)
+                gate_TK = normalised(gate_TK)
         return self.scaled(gate_TK)
 
     def _strayed(self, expert_TK: Tensor) -> Tensor:
@@ -158,6 +159,11 @@ def limit_groups(choice_TE: Tensor, n_groups: int, top_groups: int, group_score:
     kept_TG = torch.zeros_like(score_TG, dtype=torch.bool).scatter_(-1, top_k(score_TG, top_groups), True)
     limited_TE: Tensor = choice_TGE.masked_fill(~kept_TG.unsqueeze(-1), float("-inf")).flatten(-2)
     return limited_TE
+
+
+def normalised(score: Tensor) -> Tensor:
+    """Scores divided by the sum of their row; zeros stay zeros."""
+    return score / score.sum(-1, keepdim=True).clamp_min(_LOWEST_SUM)
 
 
 def top_k(score_TE: Tensor, k: int) -> Tensor:

@@ -122,7 +122,7 @@ class Batches:
         By document, the first token of a document is no target: what stands before it says nothing about it.
         """
         tokens = torch.from_numpy(rows.astype(np.int64))
-        tokens_BS, targets_BS = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        tokens_BS, targets_BS = tokens[:, :-1].contiguous(), tokens[:, 1:].clone()  # of one row, contiguous() would be a view of the same memory
         if self.by_document:
             targets_BS[tokens_BS == self.vocabulary.separator] = UNPREDICTED
         return tokens_BS, targets_BS

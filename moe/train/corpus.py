@@ -164,6 +164,8 @@ def _write(work: Path, source: Source, is_held_out: Callable[[str], bool], vocab
         while documents := list(islice(unread, _TOGETHER)):
             texts = [_sound(source, name, text) for name, text in documents]
             for (name, text), tokens in zip(documents, vocabulary.encode(texts), strict=True):
+                if not len(tokens):  # a tokenizer may leave nothing of white space; separators alone have nothing to predict
+                    continue
                 out, part = (validation, "validation") if is_held_out(name) else (training, "training")
                 out.write(tokens.astype(dtype).tobytes() + end)
                 counts[part] += len(tokens) + 1

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kernels.dispatch import implementations
+from kernels.dispatch import implementations, is_aligned
 from moe import balance
 from moe.attention import is_masked
 from moe.train import checkpoint, telemetry
@@ -267,7 +267,8 @@ class Training:
         moe, dtype = self.spec.model.moe, torch.bfloat16 if self.spec.training.precision == "bfloat16" else torch.float32
         biased, padded = moe is not None and moe.bias == "expert", moe is not None and moe.capacity.padded
         masked = is_masked(self.spec.model) or self.spec.data.packing == "documents"
-        return implementations(self.ranks.device, dtype, biased=biased, padded=padded, masked=masked)
+        aligned = moe is None or is_aligned(self.spec.model.d_model, moe.d_expert)
+        return implementations(self.ranks.device, dtype, biased=biased, padded=padded, masked=masked, aligned=aligned)
 
     def _report(self, lesson: Lesson) -> None:
         spec, step, figures = self.spec, lesson.step, lesson.figures

@@ -59,6 +59,8 @@ def average_gradients(parameters: Mapping[str, nn.Parameter], size: int, mesh: M
 def _sum_over(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup | None, size: int, *, alone: bool) -> None:
     """One reduction of one flat buffer, divided by `size`; `alone` where no other rank has a part of it."""
     parameters = list(parameters)
+    if not parameters:  # all that is trained lies on the other side
+        return
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     if not alone:
@@ -75,7 +77,8 @@ def total_norm(parameters: Mapping[str, nn.Parameter], mesh: Mesh | None) -> Ten
     gradients = {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
     if mesh is None or mesh.expert == 1:
         return nn.utils.get_total_norm(list(gradients.values()))
-    here = nn.utils.get_total_norm([gradient for name, gradient in gradients.items() if is_sharded(name)]).square()
+    mine = [gradient for name, gradient in gradients.items() if is_sharded(name)]
+    here = (nn.utils.get_total_norm(mine) if mine else next(iter(parameters.values())).new_zeros(())).square()
     dist.all_reduce(here, group=mesh.shards)
     everywhere = nn.utils.get_total_norm([gradient for name, gradient in gradients.items() if not is_sharded(name)])
     return (here + everywhere.square()).sqrt()

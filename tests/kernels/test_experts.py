@@ -164,3 +164,15 @@ def test_the_run_page_is_told_what_runs():
     assert dispatch.implementations("cuda", torch.bfloat16)["expert_ffn"] == "grouped_mm"
     assert dispatch.implementations("cuda", torch.bfloat16, biased=True)["expert_ffn (evaluation)"] == "grouped_mm"  # Triton takes no biases
     assert dispatch.implementations("cpu", padded=True)["expert_ffn"] == "padded"
+    assert dispatch.implementations("cuda", torch.bfloat16, aligned=dispatch.is_aligned(64, 96))["expert_ffn"] == "grouped_mm"
+    assert dispatch.implementations("cuda", torch.bfloat16, aligned=dispatch.is_aligned(64, 100))["expert_ffn"] == "naive"  # 200 bytes
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "relu"])
+def test_the_loop_multiplies_in_the_dtype_of_the_tokens(activation):
+    """On CUDA it also runs bfloat16 tokens through float32 weights whose rows no grouped product takes."""
+    x_TD, expert_TK, gate_TK = torch.randn(5, 6).bfloat16(), torch.tensor([[0], [1], [2], [0], [1]]), torch.ones(5, 1)
+    w_in, w_out = torch.randn(2, 14 if activation == "swiglu" else 7, 6), torch.randn(2, 6, 7)
+    y = experts_naive.expert_ffn(x_TD, w_in, w_out, expert_TK, gate_TK, activation)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, experts_naive.expert_ffn(x_TD, w_in.bfloat16(), w_out.bfloat16(), expert_TK, gate_TK, activation))

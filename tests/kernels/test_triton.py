@@ -115,7 +115,11 @@ def layer(activation: str, dtype: torch.dtype, kind: str, n_tokens: int = 33) ->
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("activation", "dtype", "most"),
-    [("swiglu", torch.float32, 1e-5), ("swiglu", torch.bfloat16, 2e-2), *((name, torch.float32, 1e-5) for name in ("geglu", "relu", "gelu", "swiglu_clamped"))],
+    [
+        ("swiglu", torch.float32, 1e-5),
+        ("swiglu", torch.bfloat16, 2e-2),
+        *((name, torch.float32, 1e-5) for name in ("geglu", "relu", "gelu", "swiglu_clamped")),
+    ],
 )
 def test_output_and_gradients_equal_the_loop(kind, activation, dtype, most):
     """The interpreter truncates where it casts to bfloat16, which a device rounds: hence twice the error that `make gpu` allows."""

@@ -162,6 +162,16 @@ def test_load_loss_gives_experts_outside_the_groups_no_chance():
     assert clean.grad is not None and torch.isfinite(clean.grad).all()
 
 
+def test_noise_that_has_vanished_leaves_the_load_loss_a_gradient():
+    """Softplus gives 0 in float32 from -104 on; then the experts are what the clean logits say."""
+    clean = torch.tensor([[3.0, 1.0, 0.0], [0.0, 2.0, 1.0]], requires_grad=True)
+    std = torch.zeros(2, 3, requires_grad=True)
+    loss = balance.load_cv2(Noise(clean, std, clean + std), None, 1, torch.tensor([1, 1, 0]))
+    assert loss.item() == pytest.approx(np.var([1, 1, 0]) / (2 / 3) ** 2)
+    loss.backward()
+    assert clean.grad is not None and clean.grad.isfinite().all() and std.grad is not None and std.grad.isfinite().all()
+
+
 def test_load_loss_without_noise_is_that_of_the_counts():
     decision = random_decision()
     counts = balance.counts(decision.expert_TK, 6).double().numpy()

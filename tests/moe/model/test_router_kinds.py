@@ -244,6 +244,24 @@ def test_gates_can_be_had_for_other_experts(kind):
         assert gates == pytest.approx([value / total for value in kept])
 
 
+@pytest.mark.parametrize(("kind", "options"), [("softmax_topk", {"renormalise": True}), ("sigmoid_topk", {}), ("gshard", {}), ("noisy_topk", {})])
+def test_experts_without_any_score_have_gates_and_gradients_that_are_numbers(kind, options):
+    """Chance sends tokens to experts whose score is 0 in float32: e to the -1000th, and the sigmoid of -1000."""
+    built = build_router(routing.Router(kind=kind, random_share=1.0, **options), WIDTH, 8, 2, biased=False, vocab_size=VOCABULARY)
+    assert isinstance(built, ScoringRouter)
+    with torch.no_grad():
+        for parameter in built.parameters():
+            parameter.zero_()
+        built.weight[1:, 0] = -1000.0
+    x_TD = torch.ones(64, WIDTH, requires_grad=True)
+    decision = built(x_TD)
+    lost_T = ~(decision.expert_TK == 0).any(-1)
+    assert lost_T.any() and decision.prob_TE.isfinite().all()
+    assert decision.gate_TK.isfinite().all() and not decision.gate_TK[lost_T].any()
+    decision.gate_TK.square().sum().backward()
+    assert x_TD.grad is not None and x_TD.grad.isfinite().all() and built.weight.grad is not None and built.weight.grad.isfinite().all()
+
+
 # ----- GShard
 
 

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kernels import experts_naive
 from moe.parallel import Mesh, expert_ffn
+from moe.train import sharded
 from tests.kernels.routing import choose
 from tests.moe.parallel.ranks import on_ranks
 
@@ -63,3 +64,29 @@ def test_spread_experts_are_the_experts_of_one_process(tmp_path: Path, data: int
         for shard in range(expert):
             held = sum(got[replica * expert + shard][name] for replica in range(data))
             torch.testing.assert_close(held, whole[shard * size : (shard + 1) * size])
+
+
+def frozen(trained: list[str]) -> dict[str, Tensor]:
+    """The mean gradients and their norm on one of two ranks that share the experts, where only `trained` is."""
+    mesh = Mesh.of(1, 2)
+    parameters = {name: nn.Parameter(torch.zeros(2)) for name in trained}
+    for parameter in parameters.values():
+        parameter.grad = torch.full((2,), float(mesh.rank + 1))
+    sharded.average_gradients(parameters, 2, mesh)
+    norm = sharded.total_norm(parameters, mesh)
+    return {"norm": norm, **{name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}}
+
+
+@pytest.mark.parametrize(
+    ("trained", "means"),
+    [
+        (["blocks.0.ffn.experts.w_in"], [[0.5], [1.0]]),  # only_moe, where hash tables choose: nothing but experts
+        (["blocks.0.ffn.router.weight"], [[1.5], [1.5]]),  # only_router: no expert
+        (["blocks.0.ffn.experts.w_in", "blocks.0.ffn.router.weight"], [[0.5, 1.5], [1.0, 1.5]]),
+    ],
+)
+def test_gradients_are_averaged_where_a_side_is_frozen(tmp_path: Path, trained: list[str], means: list[list[float]]) -> None:
+    squares = [2 * mean**2 for rank in (0, 1) for name, mean in zip(trained, means[rank], strict=True) if rank == 0 or "experts" in name]
+    for got, wanted in zip(on_ranks(2, tmp_path, frozen, trained), means, strict=True):
+        assert got["norm"].item() == pytest.approx(sum(squares) ** 0.5)
+        assert [got[name].tolist() for name in trained] == [[mean, mean] for mean in wanted]

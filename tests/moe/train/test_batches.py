@@ -138,3 +138,12 @@ def test_in_a_stream_every_token_is_predicted_from_all_before() -> None:
     tokens, targets = batches().tokens_and_targets(np.array([[*row, 9] for row in SEPARATED], np.uint16))
     assert batches().documents(tokens) is None
     assert targets.tolist() == [[*row[1:], 9] for row in SEPARATED]
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_what_is_not_predicted_is_still_read(rows: int) -> None:
+    one = Batches(DOMAINS, 8, 4, 0, by_document=True)
+    read = np.array([[5, 256, 6, 7, 8, 256, 256, 9, 10]] * rows)
+    tokens, targets = one.tokens_and_targets(read)
+    assert tokens.tolist() == read[:, :-1].tolist()
+    assert targets.tolist() == [[256, -100, 7, 8, 256, -100, -100, 10]] * rows

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from moe.train import bpe, corpus
 from moe.train.stop import SpecRefused
@@ -142,6 +142,20 @@ def test_a_sentencepiece_vocabulary_knows_its_bytes(tmp_path: Path) -> None:
         assert vocabulary.decode(vocabulary.encode([text])[0].tolist()) == text
     assert vocabulary.bytes_of[3 + 65] == b"A"
     assert vocabulary.bytes_of[2] == b""
+
+
+def test_a_document_that_a_tokenizer_makes_nothing_of_leaves_no_separator(tmp_path: Path) -> None:
+    path = sentencepiece(tmp_path / "tokenizer.json")
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.normalizer = normalizers.Strip()
+    tokenizer.save(str(path))
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"the {n}" if n % 2 else "  "}) + "\n" for n in range(60)))
+    found = corpus.load(data(text, tokenizer="file", tokenizer_path=str(path), validation_share=0.3), tmp_path)[0]
+    for stream in (found.training, found.validation):
+        ends = np.flatnonzero(stream == found.vocabulary.separator)
+        assert len(ends) and np.diff(ends, prepend=-1).min() > 1
+    assert len(found.python) == np.count_nonzero(found.validation == found.vocabulary.separator)
 
 
 def test_the_separator_may_be_named(tmp_path: Path) -> None:
