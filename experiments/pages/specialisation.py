@@ -12,6 +12,10 @@ from experiments.models import Run
 from experiments.telemetry import specialisation
 from experiments.telemetry.specialisation import Group
 
+MAX_CELLS = 20_000
+"""Cells of one table; of a layer with more experts than fit, the page shows the first, and REST has all."""
+MAX_STEPS = 500
+"""Validations that one can choose from: the newest."""
 _REACH = 4  # Colours from -4 to 4 in half powers of two: a quarter to four times chance, as in the routing heat map.
 
 
@@ -26,7 +30,7 @@ class Cell:
 
 def context(request: HttpRequest, run: Run) -> dict[str, Any]:
     """What the template shows: the validation and layer that the query asks for, the newest and the first where it asks for none."""
-    steps = specialisation.steps(run.pk)
+    steps = specialisation.steps(run.pk)[:MAX_STEPS]
     step = _chosen(request, "step", steps)
     rows = list(range(len(run.moe_layers)))
     layer = _chosen(request, "layer", rows)
@@ -56,9 +60,9 @@ def _chosen(request: HttpRequest, name: str, options: list[int]) -> int | None:
 
 def _table(title: str, groups: list[Group], chance: float) -> dict[str, Any]:
     shares = [group.share for group in groups]
-    experts = len(shares[0]) if shares else 0
+    experts = min(len(shares[0]), max(1, MAX_CELLS // len(shares))) if shares else 0
     rows = [(expert, [_cell(float(share[expert]), chance) for share in shares]) for expert in range(experts)]
-    return {"title": title, "groups": groups, "rows": rows}
+    return {"title": title, "groups": groups, "rows": rows, "left_out": len(shares[0]) - experts if shares else 0}
 
 
 def _cell(share: float, chance: float) -> Cell:

@@ -198,6 +198,14 @@ class TestTheWorker:
         assert say(vic, offer, "heartbeat").status_code == 404
         assert take(ada, worker).status_code == 403, "a person's token takes no work"
 
+    def test_a_worker_of_another_project_can_neither_keep_nor_answer_it(self, ada: APIClient, as_user: Speak, host: APIClient, run: Run) -> None:
+        ask(ada, run)
+        offer = take(host, people.worker()).json()
+        elsewhere = as_user(people.user("olga", Project.objects.create(name="theirs"), Role.ADMIN), "worker")
+        for verb, body in (("heartbeat", {}), ("answer", {"outcome": "succeeded", "result": result()}), ("answer", {"outcome": "not_here"})):
+            assert say(elsewhere, offer, verb, **body).status_code == 404
+        assert Generation.objects.get().state == "running"
+
     def test_one_that_has_not_the_checkpoint_sends_it_on_to_another(self, ada: APIClient, host: APIClient, run: Run) -> None:
         made, first, second = ask(ada, run).json(), people.worker("first"), people.worker("second")
         say(host, take(host, first).json(), outcome="not_here")

@@ -145,6 +145,15 @@ def test_the_page_shows_shares_against_chance(run: Run, client: Client) -> None:
     assert client.get(f"/runs/{run.pk}/panel/specialisation?layer=99&step=hello").status_code == 200
 
 
+def test_the_page_of_very_many_experts_shows_the_first(run: Run, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    send(run, [started(), declared(), step(1), counted(1)])
+    client.force_login(run.owner)
+    monkeypatch.setattr("experiments.pages.specialisation.MAX_CELLS", 4)
+    answer = client.get(f"/runs/{run.pk}/panel/specialisation")
+    assert [(len(table["rows"]), table["left_out"]) for table in answer.context["tables"]] == [(2, E - 2), (4 // len(DOMAINS), E - 4 // len(DOMAINS))]
+    assert f"{E - 2} more experts" in answer.content.decode()
+
+
 def test_the_page_of_a_run_without_counts(run: Run, client: Client) -> None:
     client.force_login(run.owner)
     assert "Nothing counted yet" in client.get(f"/runs/{run.pk}/panel/specialisation").content.decode()
