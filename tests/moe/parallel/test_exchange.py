@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kernels import experts_naive
 from moe.parallel import Mesh, expert_ffn
 from moe.train import sharded
-from tests.kernels.routing import choose
+from tests.kernels.routing import KINDS, choose
 from tests.moe.parallel.ranks import on_ranks
 
 T, K, E, D, F = 24, 2, 8, 6, 5  # tokens of one rank
@@ -32,9 +32,14 @@ def weights() -> tuple[Tensor, Tensor]:
     return torch.randn(E, 2 * F, D, dtype=torch.float64).requires_grad_(), torch.randn(E, D, F, dtype=torch.float64).requires_grad_()
 
 
-def spread(data: int, expert: int, kind: str) -> dict[str, Tensor]:
-    """One rank's share: its output and gradients, and the gradients of the experts that it holds."""
+def every_kind(data: int, expert: int) -> dict[str, dict[str, Tensor]]:
+    """One rank's share of each kind of routing."""
     mesh = Mesh.of(data, expert)
+    return {kind: spread(mesh, kind) for kind in KINDS}
+
+
+def spread(mesh: Mesh, kind: str) -> dict[str, Tensor]:
+    """One rank's share: its output and gradients, and the gradients of the experts that it holds."""
     w_in, w_out = (w.detach()[mesh.held(E)].clone().requires_grad_() for w in weights())
     x, chosen, gate, slope = given(mesh.rank, kind)
     y, sent = expert_ffn(x, chosen, gate, E, mesh, lambda rows, own, ones: experts_naive.expert_ffn(rows, w_in, w_out, own, ones, "swiglu"))
@@ -43,10 +48,14 @@ def spread(data: int, expert: int, kind: str) -> dict[str, Tensor]:
     return {"y": y.detach(), "sent": sent, "x": x.grad, "gate": gate.grad, "w_in": w_in.grad, "w_out": w_out.grad}
 
 
-@pytest.mark.parametrize("kind", ["spread", "all to one", "dropped"])
 @pytest.mark.parametrize(("data", "expert"), [(1, 2), (2, 2)])
-def test_spread_experts_are_the_experts_of_one_process(tmp_path: Path, data: int, expert: int, kind: str) -> None:
-    got = on_ranks(data * expert, tmp_path, spread, data, expert, kind)
+def test_spread_experts_are_the_experts_of_one_process(tmp_path: Path, data: int, expert: int) -> None:
+    ranks = on_ranks(data * expert, tmp_path, every_kind, data, expert)
+    for kind in KINDS:
+        check([rank[kind] for rank in ranks], data, expert, kind)
+
+
+def check(got: list[dict[str, Tensor]], data: int, expert: int, kind: str) -> None:
     w_in, w_out = weights()
     size = E // expert
     for rank, mine in enumerate(got):

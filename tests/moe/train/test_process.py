@@ -63,7 +63,7 @@ def test_signals_save_and_stop_and_the_next_attempt_goes_on(tmp_path: Path) -> N
     asked = time.monotonic()
     process.send_signal(signal.SIGTERM)
     code, output = finish(process)
-    assert time.monotonic() - asked < 3
+    assert time.monotonic() - asked < 10, "SIGKILL would have come by now"
     assert code == stop.STOPPED, output
     last = checkpoint.steps(out / "checkpoints")[-1]
     assert result(out, 1) == {"outcome": "stopped", "reason": "stopped", "detail": f"stopped on request after step {last}"}
