@@ -30,7 +30,7 @@ class AssignmentRouter(ScoringRouter):
 
 
 class SinkhornRouter(ScoringRouter):
-    """S-BASE (Clark 2022, section 3.1): the k highest of a plan with even loads; gates are the softmax of the logits.
+    """S-BASE (Clark 2022): the k highest of a plan with even loads; gates are the softmax of the logits.
 
     The plan is exp(logits), whose columns and rows are normalised in turn: entropic transport from tokens to equally large experts.
     """

@@ -1,4 +1,4 @@
-"""A router that learns by REINFORCE (Bengio 2013; RL-R in Clark 2022, section 3.3): expert by draw, reward by the token's loss.
+"""A router that learns by REINFORCE (Bengio 2013; RL-R in Clark 2022): expert by draw, reward by the token's loss.
 
 Letters: T tokens, E experts.
 """
