@@ -25,7 +25,8 @@ def new(request: HttpRequest, principal: Principal) -> HttpResponse:
     """The form."""
     parent, name = _parent(request, principal), request.GET.get("preset", "")
     made = successor.wanted(request.GET.get("as", ""), parent)
-    initial = _initial(parent, name, request.GET.get("method", ""), made)
+    chosen = request.GET.get("method", "")
+    initial = _initial(parent, name, chosen, made)
     begun = initial.get("start", {}).get("kind", "scratch") != "scratch"
     clones = parent is not None and roles_include(principal, parent.project_id, Role.EDITOR)  # a viewer submits it elsewhere
     context = {
@@ -39,6 +40,7 @@ def new(request: HttpRequest, principal: Principal) -> HttpResponse:
         "parent_title": made.title,
         "compared_with": successor.compared_with(parent, made),
         "preset_name": name,
+        "method": chosen and not name,
         "preset_groups": groups(),
         "projects": [parent.project] if parent and clones else visible_projects(principal, Role.EDITOR).order_by("name"),
     }

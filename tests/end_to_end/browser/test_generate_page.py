@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from playwright.sync_api import expect
+from playwright.sync_api import Route, expect
 
 from moelab.client import ApiError
 from tests.end_to_end.browser.conftest import PROJECT, Live, Opened
@@ -129,6 +129,22 @@ def test_the_page_writes_and_shows_who_wrote(live: Live, open_page: Opened, run:
         live.client.generation(run, made["id"])
 
 
+def test_a_server_that_is_away_for_a_moment_does_not_end_the_look(open_page: Opened, run: int) -> None:
+    page, cut = open_page(f"/runs/{run}/generate"), []
+
+    def cut_twice(route: Route) -> None:
+        cut.append(route)
+        route.abort("connectionrefused") if len(cut) <= 2 else route.continue_()
+
+    expect(page.locator("#token-card")).to_be_hidden()
+    page.route("**/generations/*", cut_twice)
+    page.locator("#tokens").fill("3")
+    page.locator("#generate-send").click()
+    expect(page.locator("#written-text [role=option]").first).to_be_visible(timeout=60_000)
+    expect(page.locator("#token-card")).to_be_visible()
+    assert len(cut) > 2
+
+
 def test_the_page_is_sound_in_every_look(live: Live, open_page: Opened, run: int, written: dict[str, Any]) -> None:
     for theme, width in LOOKS:
         page = open_page(f"/runs/{run}/generate?id={written['id']}", width=width, theme=theme)
@@ -144,6 +160,12 @@ def test_the_page_is_sound_in_every_look(live: Live, open_page: Opened, run: int
     page = open_page(f"/runs/{run}/generate?id={hostile['id']}")
     expect(page.locator("#written-text [role=option]")).to_have_count(len(HOSTILE.encode()) + 3)
     expect(page.locator("#prompt")).to_have_value(HOSTILE)
+    turned = live.client.generate(run, "a\u202eb", tokens=1, wait_s=60)
+    page = open_page(f"/runs/{run}/generate?id={turned['id']}")
+    tokens = page.locator("#written-text [role=option]")
+    expect(tokens).to_have_count(6)
+    places = tokens.evaluate_all("els => els.map(el => el.getBoundingClientRect().left)")
+    assert places == sorted(places), "a right-to-left override turns no token but its own"
     bare = open_page(f"/runs/{live.made_up('no checkpoint', 50).run}/generate")
     expect(bare.get_by_text("No checkpoint yet")).to_be_visible()
 
