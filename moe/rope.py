@@ -43,7 +43,9 @@ class Rope:
         """
         pairs = x_BSHR.to(torch.promote_types(x_BSHR.dtype, torch.float32)).unflatten(-1, (-1, 2))
         turn = self.turn[: x_BSHR.shape[1]]
-        if pairs.device.type == "cpu":
+        # Of a single vector a gradient may begin at an odd place, where torch sees no complex number.
+        single = x_BSHR.requires_grad and x_BSHR.numel() == x_BSHR.shape[-1]
+        if pairs.device.type == "cpu" and not single:
             if pairs.storage_offset() % 2 or any(stride % 2 for stride in pairs.stride()[:-1]):
                 pairs = pairs.clone(memory_format=torch.contiguous_format)  # beside an odd number of other dimensions no pair is a complex number
             turned = torch.view_as_real(torch.view_as_complex(pairs) * turn)  # one pass over memory

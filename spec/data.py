@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveFloat, model_validator
+from pydantic import Field, model_validator
 
 from spec.part import Part, field
 from spec.text import Name, Text
@@ -29,7 +29,7 @@ class Data(Part):
         description="On the worker: files or directories of .txt, .md, .py, .jsonl and .parquet, or a dataset that Hugging Face's save_to_disk "
         "wrote; with source files. Each is a domain of its own.",
     )
-    weights: list[PositiveFloat] = Field(
+    weights: list[Annotated[float, Field(gt=0, le=1e9)]] = Field(
         default_factory=list,
         max_length=1000,
         description="How often each domain is read, in the order of domains or paths; only ratios count. Empty: in proportion to its size.",

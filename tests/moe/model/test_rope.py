@@ -83,6 +83,15 @@ def test_a_turn_is_angle_and_factor() -> None:
             assert y[0, position, 0, 2 * pair : 2 * pair + 2].tolist() == pytest.approx(wanted, rel=1e-5, abs=1e-5)
 
 
+def test_a_lone_vector_at_an_odd_place_has_a_gradient() -> None:
+    """As in latent attention over one position, whose heads begin with an odd number of dimensions without position."""
+    rope = Rope(1, 2, 100.0, torch.device("cpu"), start=0)
+    x = torch.randn(1, 1, 1, 2, requires_grad=True)
+    whole = torch.cat((torch.zeros(1, 1, 1, 1), rope.rotate(x)), -1)
+    whole.backward(torch.tensor([5.0, 2.0, 3.0]).view_as(whole))  # the first position turns by nothing
+    assert x.grad is not None and x.grad.flatten().tolist() == [2.0, 3.0]
+
+
 def test_given_factors_of_longrope_replace_the_formula() -> None:
     scaling = LongRopeScaling(short_factor=[1.0], long_factor=[2.0], short_mscale=1.1, long_mscale=1.3, trained_len=16, max_len=64)
     assert [scaled(torch.ones(1), scaling, 10.0, most)[1] for most in (16, 17)] == [1.1, 1.3]

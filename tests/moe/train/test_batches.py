@@ -9,10 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from moe.train.batches import CYCLE, Batches, quotas
 from moe.train.corpus import Domain
 from moe.train.stop import SpecRefused
+from spec.data import Data
 
 
 def domain(name: str, start: int, training: int, validation: int = 50) -> Domain:
@@ -147,3 +149,10 @@ def test_what_is_not_predicted_is_still_read(rows: int) -> None:
     tokens, targets = one.tokens_and_targets(read)
     assert tokens.tolist() == read[:, :-1].tolist()
     assert targets.tolist() == [[256, -100, 7, 8, 256, -100, -100, 10]] * rows
+
+
+def test_weights_end_where_their_sum_would_not_be_a_number() -> None:
+    with pytest.raises(ValidationError, match="weights"):
+        Data(weights=[1e308, 1e308, 1e308])
+    heaviest = Data(weights=[1e9, 1e-300, 1e9]).weights
+    assert quotas(np.array(heaviest) / sum(heaviest), 4096).tolist() == [2048, 1, 2047]
