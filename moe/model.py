@@ -44,7 +44,7 @@ class Output:
     lm_loss: Tensor | None  # mean cross-entropy in nats per token; only with targets
     balance_loss: Tensor  # every balancing term times its coefficient, and what routers add themselves, summed over layers; 0 for a dense model
     stats: RoutingStats | None  # None for a dense model
-    mtp_loss: Tensor | None = None  # model.mtp_weight times the mean cross-entropy of the extra blocks; only with these and targets
+    mtp_loss: Tensor | None = None  # model.mtp_weight times the mean cross-entropy of the extra blocks; only with these and targets, without a cache
     choices: tuple[Choice, ...] = ()  # of each MoE layer among the blocks
 
 
@@ -92,7 +92,7 @@ class Transformer(nn.Module):
         if targets_BS is not None:
             layers = self._judged(layers, logits_BSV, targets_BS)
         mtp_loss = None
-        if len(self.mtp) and targets_BS is not None:
+        if len(self.mtp) and targets_BS is not None and cache is None:  # an extra block has no place in a cache
             ahead, mtp_loss = self._predict_ahead(x_BSD, embedded_BSD, targets_BS, context)
             layers += ahead
         routed = [layer.ffn for layer in layers if layer.ffn is not None]

@@ -71,7 +71,8 @@ class LayerOutput(NamedTuple):
 class RoutingStats:
     """Routing of one forward pass over all MoE layers, in the layers' order; detached, on the model's device.
 
-    Counts are int64, the rest float32. `expert_tokens_LE` counts assignments before any drop: a row sums to T * K.
+    Counts are int64, the rest float32. `expert_tokens_LE` counts assignments before any drop: a row sums to
+    T * K, where a router fills every slot.
     """
 
     expert_tokens_LE: Tensor

@@ -140,6 +140,19 @@ def test_documents_are_apart_across_calls() -> None:
 
 
 @torch.no_grad()
+@torch.no_grad()
+def test_losses_with_a_cache_leave_extra_blocks_out_of_it() -> None:
+    built, tokens_BS = model(GQA, mtp_depth=1), tokens(2, 12)
+    targets_BS = tokens_BS.roll(-1, 1)
+    cache = built.new_cache(2)
+    parts = [built(part, target, cache=cache) for part, target in zip(tokens_BS.split(6, 1), targets_BS.split(6, 1), strict=True)]
+    assert [layer.tensors[0].shape[1] for layer in cache.layers] == [12] * 3
+    assert all(part.mtp_loss is None for part in parts)
+    whole = built(tokens_BS, targets_BS)
+    torch.testing.assert_close(torch.stack([part.lm_loss for part in parts if part.lm_loss is not None]).mean(), whole.lm_loss)
+    assert whole.mtp_loss is not None
+
+
 def test_what_does_not_fit_is_refused() -> None:
     built = model(GQA)
     with pytest.raises(ValueError, match="for 2 sequences, not 3"):
