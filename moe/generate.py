@@ -153,7 +153,7 @@ def _vocabulary(spec: ExperimentSpec, run_dir: Path) -> Vocabulary:
     if spec.data.tokenizer != "byte" and (run_dir / KEPT).is_file():
         return FromFile(run_dir / KEPT, spec.data.separator)
     home = Path(os.environ.get("MOELAB_HOME") or PROJECT / "var")
-    return vocabulary_of(spec.data, home, list(sources(spec.data)) if spec.data.tokenizer == "bpe" else [])
+    return vocabulary_of(spec.data, home, list(sources(spec.data, home)) if spec.data.tokenizer == "bpe" else [])
 
 
 # ----- what is said of it

@@ -53,7 +53,7 @@ class Domain:
 
 def load(data: Data, home: Path) -> list[Domain]:
     """The domains of `data`, built under `home`/corpus where they are not there yet. Raises SpecRefused."""
-    found = list(sources(data))
+    found = list(sources(data, home))
     vocabulary = vocabulary_of(data, home, found)
     dtype = np.dtype(np.uint16 if vocabulary.size <= 2**16 else np.uint32)
     domains = []

@@ -33,8 +33,11 @@ class Source:
     held_out: Callable[[str], bool] | None = None
 
 
-def sources(data: Data) -> Iterator[Source]:
-    """The domains of `data`, in the spec's order. Raises SpecRefused for what may not or cannot be read."""
+OWN = ("runs", "log", "corpus", "postgres", "valkey", "admin_password", "secret_key", "client.json", "environment.json")
+
+
+def sources(data: Data, home: Path) -> Iterator[Source]:
+    """The domains of `data`, in the spec's order. Raises SpecRefused for what may not or cannot be read: `home`, moelab's own, is not data."""
     if data.source == "stdlib":
         for domain in data.domains:
             identity: dict[str, object] = {"stdlib": domain, "python": sys.version, "prefix": sys.base_prefix}
@@ -45,17 +48,17 @@ def sources(data: Data) -> Iterator[Source]:
         where = f"data.paths[{index}]"
         try:
             root = Path(text).expanduser().resolve()
-            allow(root, text, where)
+            _allow_data(root, text, where, home)
             name = str(storable_text(root.stem or str(root)))
             while name in names:
                 name = f"{name}-{index}"
             names.add(name)
-            yield _of_path(root, name, text, where, data.text_field)
+            yield _of_path(root, name, text, where, data.text_field, home)
         except (OSError, RuntimeError) as error:  # no right to look, a name too long, a home that nobody has
             raise SpecRefused(where, f"{text[:200]} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _of_path(root: Path, name: str, text: str, where: str, text_field: str) -> Source:
+def _of_path(root: Path, name: str, text: str, where: str, text_field: str, home: Path) -> Source:
     if datasets_text.is_dataset(root):
         shards = datasets_text.shards(root, where)
         paths = [path for _, path in shards]
@@ -65,10 +68,18 @@ def _of_path(root: Path, name: str, text: str, where: str, text_field: str) -> S
         paths = user_text.files(root, where)
         documents, held_out = partial(user_text.documents, paths, root, text_field, where), None
     for path in paths:
-        allow(path.resolve(), str(path), where)
+        _allow_data(path.resolve(), str(path), where, home)
     stats = [(str(path), (stat := path.stat()).st_size, stat.st_mtime_ns) for path in paths]
     identity: dict[str, object] = {"files": stats, "root": str(root), "text_field": text_field}
     return Source(name, where, identity, documents, _named_python, held_out)
+
+
+def _allow_data(path: Path, text: str, where: str, home: Path) -> None:
+    """`allow`, and not what moelab itself keeps in its `home`: other people's runs and logs, databases, keys."""
+    allow(path, text, where)
+    home = home.resolve()
+    if path == home or any(path.is_relative_to(home / name) for name in OWN):
+        raise SpecRefused(where, f"{text[:200]} is moelab's own (MOELAB_HOME), not data")
 
 
 def allow(path: Path, text: str, where: str) -> None:

@@ -163,3 +163,13 @@ def spoilt(directory: Path, text: str) -> Path:
     directory.mkdir()
     (directory / "dataset_dict.json").write_text(text)
     return directory
+
+
+@pytest.mark.parametrize("name", ["", "runs/7", "log", "secret_key", "link"])
+def test_what_moelab_keeps_is_not_data(tmp_path: Path, name: str) -> None:
+    (tmp_path / "runs" / "7").mkdir(parents=True)
+    (tmp_path / "log").mkdir()
+    (tmp_path / "secret_key").write_text("a key")
+    (tmp_path / "link").symlink_to(tmp_path / "runs")
+    with pytest.raises(SpecRefused, match=r"moelab's own \(MOELAB_HOME\)"):
+        load(tmp_path, tmp_path / name)
