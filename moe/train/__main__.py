@@ -80,4 +80,9 @@ def _train(options: argparse.Namespace, requests: stop.Requests) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    exit_code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not through the interpreter's end: gloo's threads, torn down there beside a rank that has gone already, abort the process at times,
+    # and its exit code, which says why the run ended, would be lost.
+    os._exit(exit_code)

@@ -39,12 +39,17 @@ class Lab:
     # ----- processes
 
     def child(self, *words: str) -> psutil.Process:
-        """The process that `moelab up` started with all of `words` in its command line."""
-        for process in psutil.Process(self.up.pid).children():
-            with contextlib.suppress(psutil.Error):
-                if all(word in " ".join(process.cmdline()) for word in words):
-                    return process
-        raise LookupError(words)
+        """The process that `moelab up` started with all of `words` in its command line; one that has just died is started again."""
+
+        def look() -> psutil.Process | None:
+            for process in psutil.Process(self.up.pid).children():
+                with contextlib.suppress(psutil.Error):
+                    if all(word in " ".join(process.cmdline()) for word in words):
+                        return process
+            return None
+
+        found: psutil.Process = self.wait(look, 30)
+        return found
 
     def holder(self, run_id: int) -> host.Holder:
         """Who trains the run now, once its ranks are there."""
