@@ -17,59 +17,20 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, NamedTuple, Self
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any, Literal
 
 from moelab import patience
-from moelab.http import ApiError, Http, ServerUnreachable
+from moelab.calls import Json, Steps, as_json, given
+from moelab.generation_calls import GenerationCalls
+from moelab.http import ApiError, ServerUnreachable
 from moelab.patience import TERMINAL
-from spec import block
+from moelab.worker_calls import WorkerCalls
 
 __all__ = ["TERMINAL", "ApiError", "Client", "ServerUnreachable", "Steps"]
 
-Json = dict[str, Any]
 
-
-class Steps(NamedTuple):
-    """A `steps` block (docs/protocol.md, section 7): its header, and one array for each name."""
-
-    header: Json
-    arrays: dict[str, NDArray[Any]]
-
-    def scalar(self, name: str) -> NDArray[np.float32]:
-        """The values of one scalar at each row (means, above level 1). Raises KeyError for an unknown name."""
-        if name not in self.header["names"]:
-            raise KeyError(f"{name} is not among {', '.join(self.header['names'])}")
-        values = self.arrays.get("scalars", self.arrays.get("scalars_mean"))
-        if values is None:
-            raise KeyError("the block holds no scalars")
-        column: NDArray[np.float32] = values[:, self.header["names"].index(name)]
-        return column
-
-
-class Client:
+class Client(GenerationCalls, WorkerCalls):
     """A connection to a moelab server. Usable as a context manager; not shared between threads."""
-
-    def __init__(self, server: str | None = None, token: str | None = None, *, timeout_s: float = 30.0) -> None:
-        """Without arguments: MOELAB_SERVER and MOELAB_TOKEN, else the local server's `client.json`."""
-        self.http = Http(server, token, timeout_s)
-
-    @property
-    def server(self) -> str:
-        """The server's address, without a slash at the end."""
-        return self.http.connection.server
-
-    def close(self) -> None:
-        self.http.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
 
     # ----- describe and submit
 
@@ -111,7 +72,7 @@ class Client:
         idempotency_key: str | None = None,
     ) -> Json:
         """Queues a run and returns it. A lost answer is safe: the same key never makes a second run."""
-        body = _described(spec, preset, overrides) | _given(
+        body = _described(spec, preset, overrides) | given(
             name=name, project=project, tags=list(tags) or None, notes=notes, priority=priority, resume_from=resume_from
         )
         return self._post("/runs", body, key=idempotency_key or uuid.uuid4().hex)
@@ -141,7 +102,7 @@ class Client:
 
     def events(self, run_id: int, *, kind: str | None = None) -> Iterator[Json]:
         """What the run has said, in order: starts, evaluations, spikes, checkpoints, ends."""
-        return self._pages(f"/runs/{run_id}/events", _given(kind=kind))
+        return self._pages(f"/runs/{run_id}/events", given(kind=kind))
 
     def transitions(self, run_id: int) -> list[Json]:
         return self._items(f"/runs/{run_id}/transitions")
@@ -150,13 +111,13 @@ class Client:
         return self._items(f"/runs/{run_id}/checkpoints")
 
     def diff(self, run_id: int, against: int | None = None) -> Json:
-        return self._get(f"/runs/{run_id}/diff", params=_given(against=against))
+        return self._get(f"/runs/{run_id}/diff", params=given(against=against))
 
     def logs(self, run_id: int, offset: int = 0, limit: int | None = None) -> str:
         """The log from byte `offset` on, at most `limit` bytes, else all there is."""
         parts: list[bytes] = []
         while True:
-            response = self.http.request("GET", f"/runs/{run_id}/logs", params=_given(offset=offset, limit=limit))
+            response = self.http.request("GET", f"/runs/{run_id}/logs", params=given(offset=offset, limit=limit))
             parts.append(response.content)
             following = int(response.headers.get("X-Next-Offset", offset + len(response.content)))
             if limit is not None or following <= offset or not response.content:
@@ -187,7 +148,7 @@ class Client:
     ) -> Steps:
         """Scalars and tensors of a range of steps, at most `points` rows (2,000); wider ranges come rolled up."""
         names = scalars if isinstance(scalars, str) else ",".join(scalars)
-        query = _given(points=points, scalars=names, tensors=",".join(tensors) or None, layer=layer) | _given(**{"from": from_step, "to": to_step})
+        query = given(points=points, scalars=names, tensors=",".join(tensors) or None, layer=layer) | given(**{"from": from_step, "to": to_step})
         return self._block(f"/runs/{run_id}/steps", query)
 
     def routing(
@@ -201,11 +162,11 @@ class Client:
         points: int | None = None,
     ) -> Steps:
         """Tokens of each expert: all layers at one `step`, or one `layer` over a range of steps."""
-        return self._block(f"/runs/{run_id}/routing", _given(step=step, layer=layer, points=points) | _given(**{"from": from_step, "to": to_step}))
+        return self._block(f"/runs/{run_id}/routing", given(step=step, layer=layer, points=points) | given(**{"from": from_step, "to": to_step}))
 
     def specialisation(self, run_id: int, *, step: int | None = None, layer: int = 0) -> Json:
         """Which classes of token and which domains each expert of a layer (row of the tensors) took at a validation, the newest by default."""
-        return self._get(f"/runs/{run_id}/specialisation", params=_given(step=step, layer=layer))
+        return self._get(f"/runs/{run_id}/specialisation", params=given(step=step, layer=layer))
 
     def export(self, run_id: int, what: str, to: Path | str | None = None) -> Path:
         """Writes `metrics.parquet|csv|jsonl` or `routing.parquet|npz` to `to` (default `run-<id>-<what>` here) and returns the path."""
@@ -241,11 +202,11 @@ class Client:
 
     def clone(self, run_id: int, *, set: Mapping[str, Any] | None = None, name: str | None = None, idempotency_key: str | None = None) -> Json:
         """Queues a run like this one with some fields changed, by dotted path."""
-        return self._post(f"/runs/{run_id}/clone", _given(set=dict(set or {}) or None, name=name), key=idempotency_key or uuid.uuid4().hex)
+        return self._post(f"/runs/{run_id}/clone", given(set=dict(set or {}) or None, name=name), key=idempotency_key or uuid.uuid4().hex)
 
     def edit(self, run_id: int, **fields: Any) -> Json:
         """Changes name, notes, tags, starred, archived or priority."""
-        return _json(self.http.request("PATCH", f"/runs/{run_id}", json=fields))
+        return as_json(self.http.request("PATCH", f"/runs/{run_id}", json=fields))
 
     def delete(self, run_id: int) -> None:
         """Deletes a run that has ended, with everything it recorded."""
@@ -253,40 +214,6 @@ class Client:
 
     def bulk(self, action: Literal["cancel", "archive"], ids: Sequence[int]) -> Json:
         return self._post("/runs/bulk", {"action": action, "ids": list(ids)})
-
-    # ----- generate
-
-    def generate(
-        self,
-        run_id: int,
-        prompt: str = "",
-        *,
-        tokens: int | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        seed: int | None = None,
-        step: int | None = None,
-        wait_s: float | None = 120.0,
-        idempotency_key: str | None = None,
-    ) -> Json:
-        """Text from a checkpoint of the run, with the experts of each token; waits up to `wait_s` for it (None: does not wait).
-
-        Without `step` the newest checkpoint writes. Raises TimeoutError; look at `state` for how it ended.
-        """
-        body = _given(prompt=prompt, tokens=tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, step=step)
-        made = self._post(f"/runs/{run_id}/generations", body, key=idempotency_key or uuid.uuid4().hex)
-        return made if wait_s is None else patience.wait_for_generation(self, made, wait_s)
-
-    def generation(self, run_id: int, generation_id: int) -> Json:
-        return self._get(f"/runs/{run_id}/generations/{generation_id}")
-
-    def generations(self, run_id: int, *, limit: int | None = None) -> Iterator[Json]:
-        """The run's generations without their texts, newest first."""
-        return self._pages(f"/runs/{run_id}/generations", {}, limit)
-
-    def delete_generation(self, run_id: int, generation_id: int) -> None:
-        self.http.request("DELETE", f"/runs/{run_id}/generations/{generation_id}")
 
     # ----- the rest of the house
 
@@ -319,74 +246,14 @@ class Client:
         """The JSON Schema of a spec."""
         return self._get("/schema/spec")
 
-    # ----- a worker's and a recorder's calls
+    # ----- a recorder's call
 
     def record(self, name: str, *, project: str | None = None, tags: Sequence[str] = (), notes: str | None = None) -> Json:
         """Begins a run that an outside trainer makes and reports itself (`moelab.Recorder`)."""
-        return self._post("/runs/record", _given(name=name, project=project, tags=list(tags) or None, notes=notes))
-
-    def hello(self, *, name: str, host: str, pid: int, version: str, devices: Sequence[Mapping[str, Any]], slots: int) -> int:
-        """Registers this host, which is also its sign of life; returns the worker's id."""
-        body = {"name": name, "host": host, "pid": pid, "version": version, "devices": list(devices), "slots": slots}
-        return int(self._post("/worker/hello", body)["worker"])
-
-    def claim(self, *, worker: int, free_slots: int, free_devices: Sequence[str]) -> Json | None:
-        """A run for this host to start, or None."""
-        body = {"worker": worker, "free_slots": free_slots, "free_devices": list(free_devices)}
-        response = self.http.request("POST", "/worker/claim", json=body)
-        return None if response.status_code == 204 else _json(response)
-
-    def claim_generation(self, *, worker: int) -> Json | None:
-        """A generation for this host to answer, or None."""
-        response = self.http.request("POST", "/worker/generations/claim", json={"worker": worker})
-        return None if response.status_code == 204 else _json(response)
-
-    def keep_generation(self, generation_id: int, *, attempt: int) -> None:
-        """Says that this host is still at it; an ApiError of status 409 says that it is no longer its own."""
-        self._post(f"/worker/generations/{generation_id}/heartbeat", {"attempt": attempt})
-
-    def answer_generation(self, generation_id: int, *, attempt: int, outcome: Literal["succeeded", "failed", "not_here"], **said: Any) -> None:
-        """Ends a generation, with its `result`, or with `reason` and `detail`; or sends it on to another host."""
-        self._post(f"/worker/generations/{generation_id}/answer", {"attempt": attempt, "outcome": outcome, **said})
-
-    # ----- how
-
-    def _get(self, path: str, *, params: Mapping[str, Any] | None = None, timeout_s: float | None = None) -> Json:
-        return _json(self.http.request("GET", path, params=params, timeout_s=timeout_s))
-
-    def _post(self, path: str, body: Mapping[str, Any] | None = None, key: str | None = None) -> Json:
-        headers = {"Idempotency-Key": key} if key else {}
-        return _json(self.http.request("POST", path, json=dict(body or {}), headers=headers))
-
-    def _block(self, path: str, query: Mapping[str, Any]) -> Steps:
-        response = self.http.request("GET", path, params=query, headers={"Accept": "application/octet-stream"})
-        return Steps(*block.decode(response.content))
-
-    def _items(self, path: str) -> list[Json]:
-        return list(self._pages(path, {}))
-
-    def _pages(self, path: str, query: Mapping[str, Any], limit: int | None = None) -> Iterator[Json]:
-        cursor, left = None, limit
-        while left is None or left > 0:
-            page = self.http.request("GET", path, params={**query, **_given(cursor=cursor, limit=None if left is None else min(left, 100))}).json()
-            items = page if isinstance(page, list) else page["items"]
-            yield from items if left is None else items[:left]
-            left = None if left is None else left - len(items)
-            cursor = None if isinstance(page, list) else page.get("next_cursor")
-            if not cursor:
-                return
-
-
-def _given(**fields: Any) -> Json:
-    return {name: value for name, value in fields.items() if value is not None}
+        return self._post("/runs/record", given(name=name, project=project, tags=list(tags) or None, notes=notes))
 
 
 def _described(spec: Mapping[str, Any] | None, preset: str | None, overrides: Mapping[str, Any] | None) -> Json:
     if (spec is None) == (preset is None):
         raise ValueError("give either a spec or the name of a preset")
-    return _given(spec=spec, preset=preset, overrides=dict(overrides or {}) or None)
-
-
-def _json(response: Any) -> Json:
-    body = response.json() if response.content else {}
-    return body if isinstance(body, dict) else {"items": body}
+    return given(spec=spec, preset=preset, overrides=dict(overrides or {}) or None)

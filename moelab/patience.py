@@ -12,6 +12,7 @@ from moelab.sse import messages
 
 if TYPE_CHECKING:
     from moelab.client import Client
+    from moelab.generation_calls import GenerationCalls
 
 TERMINAL = frozenset({"succeeded", "failed", "cancelled"})
 PATIENCE_S = 60.0
@@ -55,7 +56,7 @@ def wait(client: Client, run_id: int, timeout_s: float | None, patience_s: float
     raise TimeoutError(f"run {run_id} has not ended within {timeout_s} s")
 
 
-def wait_for_generation(client: Client, made: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+def wait_for_generation(client: GenerationCalls, made: dict[str, Any], timeout_s: float) -> dict[str, Any]:
     """The generation once it has succeeded or failed. Raises TimeoutError."""
     deadline, patience = time.monotonic() + timeout_s, Patience(None)
     while made["state"] in ("queued", "running"):

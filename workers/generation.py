@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from moelab.client import ApiError, Client, ServerUnreachable
 from moelab.home import home
 from spec.text import storable_text
+from workers.detach import detach
 from workers.linux import die_with_parent
 from workers.ranks import SECRETS
 
@@ -234,7 +235,7 @@ def main() -> int:
         os._exit(0)  # the lock stays with the child
     os.ftruncate(held, 0)
     os.pwrite(held, str(os.getpid()).encode(), 0)
-    _detach(home() / "generation.log")
+    detach(home() / "generation.log")
     following: Offer | None = offer
     with Client() as client:
         while following is not None:
@@ -246,16 +247,6 @@ def main() -> int:
                 logger.warning("%s", error)
                 return 1
     return 0
-
-
-def _detach(log: Path) -> None:
-    """Away from the caller's session and streams."""
-    os.setsid()
-    for fd, flags in ((0, os.O_RDONLY), (1, os.O_WRONLY), (2, os.O_WRONLY)):
-        target = os.open(os.devnull if fd == 0 else log, flags | os.O_CREAT | os.O_APPEND, 0o600)
-        os.dup2(target, fd)
-        os.close(target)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from moelab.shipper import Fenced, Shipper
 from spec import events, spool
 from workers.adopt import adopt
 from workers.claim import Claim
+from workers.detach import detach
 from workers.host import AttemptLock, Holder, LockedError, end_attempt, identity, put_aside
 from workers.linux import become_subreaper, oom_kills
 from workers.progress import Progress
@@ -236,7 +237,7 @@ def main(arguments: list[str]) -> int:
         return 3
     if os.fork():
         os._exit(0)  # the lock stays with the child
-    _detach(attempt_dir / "supervisor.log")
+    detach(attempt_dir / "supervisor.log")
     become_subreaper()
     try:
         asyncio.run(Supervisor(claim, run_dir, lock).run())
@@ -248,16 +249,6 @@ def main(arguments: list[str]) -> int:
             (attempt_dir / "reserve").unlink(missing_ok=True)
             lock.path.unlink(missing_ok=True)
     return 0
-
-
-def _detach(log: Path) -> None:
-    """Away from the caller's session and streams."""
-    os.setsid()
-    for fd, flags in ((0, os.O_RDONLY), (1, os.O_WRONLY), (2, os.O_WRONLY)):
-        target = os.open(os.devnull if fd == 0 else log, flags | os.O_CREAT | os.O_APPEND, 0o600)
-        os.dup2(target, fd)
-        os.close(target)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from moelab.cli import exit_code
-from moelab.cli.describe import add_description, described
+from moelab.cli.describe import add_description, read_spec, tell
 from moelab.cli.options import add_json, print_json
 
 if TYPE_CHECKING:
@@ -40,24 +40,18 @@ def add_parser(subparsers: Subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     from pydantic import ValidationError
 
-    from spec import presets, yaml_text
+    from spec import yaml_text
     from spec.accounting import price
     from spec.baseline import NoBaselineError, dense_baseline
-    from spec.experiment import ExperimentSpec
-    from spec.overrides import OverrideError, apply
     from spec.problems import from_validation_error
 
-    given = described(args)
     try:
-        plain = given["spec"] if "spec" in given else presets.load(given["preset"]).model_dump(mode="json")
-        spec = ExperimentSpec.model_validate(apply(plain, given["overrides"]))
+        spec = read_spec(args)
         dense = dense_baseline(spec, args.equal)
-    except (presets.UnknownPresetError, OverrideError) as error:
-        raise exit_code.UsageError(str(error)) from error
-    except (ValidationError, NoBaselineError) as error:
-        for problem in error.problems if isinstance(error, NoBaselineError) else from_validation_error(error):
-            print(f"{problem.pointer or '/'}: {problem.detail}", file=sys.stderr)
-        return exit_code.USAGE
+    except NoBaselineError as error:
+        return tell(error.problems)
+    except ValidationError as error:
+        return tell(from_validation_error(error))
     print_json(dense.model_dump(mode="json")) if args.json else print(yaml_text.dump(dense), end="")
     for one in (spec, dense):
         cost = price(one)

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from moelab.cli.exit_code import UsageError
+from moelab.cli.exit_code import USAGE, UsageError
+
+if TYPE_CHECKING:
+    from spec.experiment import ExperimentSpec
+    from spec.problems import Problem
 
 
 def add_description(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +56,27 @@ def described(args: argparse.Namespace) -> dict[str, Any]:
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"{path}: {error.strerror if isinstance(error, OSError) else 'not UTF-8'}") from error
     return {"preset": args.what, "overrides": changes}
+
+
+def read_spec(args: argparse.Namespace) -> ExperimentSpec:
+    """The spec of `described`, read here. Raises UsageError, or pydantic's ValidationError for fields at fault."""
+    from spec import presets
+    from spec.experiment import ExperimentSpec
+    from spec.overrides import OverrideError, apply
+
+    given = described(args)
+    try:
+        plain = given["spec"] if "spec" in given else presets.load(given["preset"]).model_dump(mode="json")
+        return ExperimentSpec.model_validate(apply(plain, given["overrides"]))
+    except (presets.UnknownPresetError, OverrideError) as error:
+        raise UsageError(str(error)) from error
+
+
+def tell(problems: Iterable[Problem]) -> int:
+    """Says what is wrong with a spec, field by field, and returns the exit code for it."""
+    for problem in problems:
+        print(f"{problem.pointer or '/'}: {problem.detail}", file=sys.stderr)
+    return USAGE
 
 
 def _fields(text: str, where: str) -> dict[str, Any]:

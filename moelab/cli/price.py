@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import TYPE_CHECKING
 
 from moelab.cli import exit_code
-from moelab.cli.describe import add_description, described
+from moelab.cli.describe import add_description, read_spec, tell
 from moelab.cli.options import add_json, print_json
 
 if TYPE_CHECKING:
@@ -40,22 +39,13 @@ def add_parser(subparsers: Subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     from pydantic import ValidationError
 
-    from spec import presets
     from spec.accounting import price, table
-    from spec.experiment import ExperimentSpec
-    from spec.overrides import OverrideError, apply
     from spec.problems import from_validation_error
 
-    given = described(args)
     try:
-        plain = given["spec"] if "spec" in given else presets.load(given["preset"]).model_dump(mode="json")
-        spec = ExperimentSpec.model_validate(apply(plain, given["overrides"]))
-    except (presets.UnknownPresetError, OverrideError) as error:
-        raise exit_code.UsageError(str(error)) from error
+        spec = read_spec(args)
     except ValidationError as error:
-        for problem in from_validation_error(error):
-            print(f"{problem.pointer or '/'}: {problem.detail}", file=sys.stderr)
-        return exit_code.USAGE
+        return tell(from_validation_error(error))
     cost = price(spec)
     print_json(cost.model_dump()) if args.json else print(table(cost))
     return exit_code.OK
