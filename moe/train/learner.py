@@ -22,6 +22,7 @@ from moe.routing import RoutingStats
 from moe.train import sharded, telemetry
 from moe.train.batches import Batches
 from moe.train.clock import PhaseClock
+from moe.train.compiler import check_compiler
 from moe.train.freeze import freeze
 from moe.train.hash_tables import fill_tables
 from moe.train.optimizer import AdamW
@@ -55,6 +56,9 @@ class Learner:
         self.model = build_model(spec.model, recompute=spec.training.activation_recompute, mesh=ranks.mesh).to(ranks.device)
         fill_tables(self.model, batches.domains, spec.seed)
         self.model.train()
+        if spec.training.compile:
+            check_compiler(ranks.device)
+            self.model.compile_blocks()
         self.parameters = list(self.model.parameters())
         self.trained = freeze(self.model, spec.training.train)
         self.optimizer = AdamW(self.model, spec.optimizer, ranks.mesh)
