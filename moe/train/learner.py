@@ -51,12 +51,17 @@ class Learner:
         if batches.vocabulary.size > spec.model.vocab_size:
             where = {"file": "data.tokenizer_path"}.get(spec.data.tokenizer, "data.tokenizer")
             raise SpecRefused("model.vocab_size", f"{spec.model.vocab_size} is less than the {batches.vocabulary.size} tokens of {where}")
+        if ranks.device.type == "cuda":
+            torch.set_float32_matmul_precision("high" if spec.training.precision == "tf32" else "highest")
         torch.manual_seed(spec.seed)
         self.model = build_model(spec.model, recompute=spec.training.activation_recompute, mesh=ranks.mesh).to(ranks.device)
         fill_tables(self.model, batches.domains, spec.seed)
         self.model.train()
+        freeze(self.model, spec.training.train)
+        if ranks.shard:
+            sharded.shard(self.model, ranks.size, ranks.device)
         self.parameters = list(self.model.parameters())
-        self.trained = freeze(self.model, spec.training.train)
+        self.trained = [parameter for parameter in self.parameters if parameter.requires_grad]
         self.optimizer = AdamW(self.model, spec.optimizer, ranks.mesh)
         self._clock = PhaseClock(telemetry.PHASES, ranks.device)
 
@@ -102,6 +107,8 @@ class Learner:
         self.model.begin_step()
         lm_losses, balance_losses, stats, mtp_losses = [], [], [], []
         for micro in range(micros):
+            if self.ranks.shard:
+                sharded.reduce_in_backward(self.model, wanted=micro == micros - 1)
             batch = self.batches.micro_batch(step, micro, micros, self.ranks.rank, self.ranks.size)
             tokens_BS, targets_BS = (tensor.to(self.ranks.device) for tensor in batch)
             self._clock.mark("data")
@@ -137,29 +144,32 @@ class Learner:
     # ----- state
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """What a checkpoint holds, by file: on rank 0, whole. Collective where experts are shared out."""
+        """What a checkpoint holds, by file: on rank 0, whole. Collective where ranks hold parts."""
         mesh = self.ranks.mesh
         return {"model": sharded.whole(self.model.state_dict(), mesh), "optimizer": sharded.whole(self.optimizer.tensors(), mesh)}
 
     @contextmanager
     def whole_model(self) -> Iterator[Transformer]:
-        """The model with all its experts, to be filled; where this rank holds a part of them, it takes its own at the end."""
-        if self.ranks.mesh is None:
+        """The model with all its weights, to be filled; where this rank holds a part of them, it takes its own at the end."""
+        if not self.ranks.together:
             yield self.model
             return
         torch.manual_seed(self.spec.seed)  # what the start does not fill, routers above all, must be the same on every rank
         whole = build_model(self.spec.model)
         fill_tables(whole, self.batches.domains, self.spec.seed)
         yield whole
-        self.model.load_state_dict(sharded.own(whole.state_dict(), self.ranks.mesh))
+        self._load(whole.state_dict())
 
     def load(self, tensors: dict[str, dict[str, Tensor]]) -> None:
         """Puts back what `tensors` returned. Raises SpecRefused if they are of another model."""
         try:
-            self.model.load_state_dict(sharded.own(tensors["model"], self.ranks.mesh))
-            self.optimizer.load(sharded.own(tensors["optimizer"], self.ranks.mesh))
+            self._load(tensors["model"])
+            self.optimizer.load(sharded.own(tensors["optimizer"], self.optimizer.tensors(), self.ranks.mesh))
         except (RuntimeError, KeyError) as error:
             raise SpecRefused("model", f"the checkpoint is of another model: {str(error).splitlines()[-1].strip()}") from error
+
+    def _load(self, tensors: dict[str, Tensor]) -> None:
+        self.model.load_state_dict(sharded.own(tensors, self.model.state_dict(), self.ranks.mesh))
 
 
 def _noise_seed(seed: int, step: int, rank: int) -> int:

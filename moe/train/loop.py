@@ -285,12 +285,12 @@ class Training:
             self._journal.record(events.StepDone(step, time.time(), scalars, self._reporter.tensors(figures, lesson.phase_ms)))
         smoothing = 0.1 if self._seconds_per_step else 1.0
         self._seconds_per_step += smoothing * (lesson.seconds - self._seconds_per_step)
-        router = ""
+        speed, router = self._reporter.speed(tokens / self._seconds_per_step), ""
         if figures.tokens_LE is not None:
             dead = np.count_nonzero(figures.tokens_LE == 0)
             router = f"  MaxVio {telemetry.max_vio(figures.tokens_LE).mean():.2f}  dead {dead}"
         self._journal.progress(
-            f"step {step}/{spec.training.steps}  loss {figures.loss:.4f}  lr {lesson.rate:.2e}  {self._reporter.speed(tokens / self._seconds_per_step)}"
+            f"step {step}/{spec.training.steps}  loss {figures.loss:.4f}  lr {lesson.rate:.2e}  {speed}"
             f"{router}  left {duration((spec.training.steps - step) * self._seconds_per_step)}",
             always=last or step == 1,
         )

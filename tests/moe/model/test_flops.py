@@ -23,7 +23,10 @@ LATENT = {"kind": "mla", "n_heads": 2, "q_lora_rank": 16, "kv_lora_rank": 16, "q
 MODELS: dict[str, dict[str, Any]] = {
     "mixtral": {"moe": MOE},
     "dense": {"moe": None, "tie_embeddings": False},
-    "deepseek": {"attention": LATENT, "moe": MOE | {"n_shared": 2, "first_k_dense": 1, "combine": "sigmoid_gate", "router": {"kind": "sigmoid_topk"}}},
+    "deepseek": {
+        "attention": LATENT,
+        "moe": MOE | {"n_shared": 2, "first_k_dense": 1, "combine": "sigmoid_gate", "router": {"kind": "sigmoid_topk"}},
+    },
     "predicting ahead": {"mtp_depth": 1, "moe": MOE},
     "ungated, scored by an mlp": {"moe": MOE | {"activation": "gelu", "router": {"kind": "softmax_topk", "scorer": "mlp", "scorer_dim": 10}}},
 }
@@ -66,5 +69,11 @@ def test_the_peak_is_that_of_the_device_and_the_precision() -> None:
     assert peak_flop_per_s("NVIDIA A100-SXM4-80GB", "tf32") == 156e12
     assert peak_flop_per_s("NVIDIA A10", "float32") == 31.2e12
     assert peak_flop_per_s("NVIDIA GeForce RTX 4090", "bfloat16") == 165.2e12
-    for other in ("cpu", "NVIDIA A100-SXM4-80GB MIG 1g.10gb", "NVIDIA GeForce RTX 4090 Laptop GPU", "AMD Instinct MI300X", "NVIDIA GeForce RTX 3090 Ti"):
+    for other in (
+        "cpu",
+        "NVIDIA A100-SXM4-80GB MIG 1g.10gb",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "AMD Instinct MI300X",
+        "NVIDIA GeForce RTX 3090 Ti",
+    ):
         assert peak_flop_per_s(other, "bfloat16") is None
