@@ -45,6 +45,7 @@ def main(arguments: Sequence[str] = ()) -> dict[str, Any]:
         def told() -> None:
             with _counting(training, clock, own):
                 training.train_step()
+                training.catch_up()
 
         def silent() -> None:
             with _without_statistics():

@@ -22,7 +22,7 @@ from moe import balance
 from moe.attention import is_masked
 from moe.train import checkpoint, telemetry
 from moe.train.journal import Journal, duration
-from moe.train.learner import Learner, Lesson
+from moe.train.learner import Learner, Lesson, Made
 from moe.train.ranks import Ranks
 from moe.train.spikes import SpikeDetector
 from moe.train.stop import DiskFull, NotFinite, Requests, Stopped
@@ -71,6 +71,8 @@ class Training:
         self._resumed_from: int | None = None
         self._saved_step: int | None = None
         self._seconds_per_step = 0.0
+        self._made: Made | None = None  # handed to the device, but not told of
+        self._stop_asked = self._save_asked = False  # by any rank, in a step that was told of
         self._journal = Journal(out / "attempts" / str(attempt), first_rank=self.ranks.is_first)
 
     # ----- the run
@@ -84,12 +86,12 @@ class Training:
         while self.position.step < steps:
             if self.requests.stop and self.ranks.size == 1:
                 self._stop()
-            figures = self.train_step()
+            self.train_step()
             if self._validation_due():
                 self._validate()
             if self.position.step < steps:
-                self._save_if_due(asked=figures.save)
-                if figures.stop:
+                self._save_if_due()
+                if self._stop_asked:
                     self._stop()
         if self.position.validated_step != steps and not self._validate():
             self._stop()
@@ -97,22 +99,40 @@ class Training:
         return self.position
 
     def close(self) -> None:
-        """Closes the spool."""
+        """Closes the spool, and ends the learner's threads."""
         self._journal.close()
+        self.learner.close()
 
-    def train_step(self) -> telemetry.Step:
-        """Makes one step and tells of it. Raises NotFinite."""
-        lesson = self.learner.train_step(self.position.step + 1, self.requests.take)
+    def train_step(self) -> None:
+        """Makes one step, and tells of it; of the one before instead, where the device is at it still. Raises NotFinite.
+
+        What a step asks for is then done a step later, on all ranks alike: all read the same figures.
+        """
+        made = self.learner.make_step(self.position.step + 1, self.requests.take)
+        self.catch_up()
+        self.position.step, self._made = made.step, made
+        if not self.learner.late:
+            self.catch_up()
+
+    def catch_up(self) -> None:
+        """Tells of the step that was made last, if it has not been told of. Raises NotFinite. Collective."""
+        if self._made is not None:
+            made, self._made = self._made, None
+            self._tell(self.learner.lesson(made))
+
+    def _tell(self, lesson: Lesson) -> None:
         figures = lesson.figures
-        self.position.step, self.position.loss = lesson.step, figures.loss
+        self.position.loss = figures.loss
+        self._stop_asked |= figures.stop
+        self._save_asked |= figures.save
         self._report(lesson)
         if not (math.isfinite(figures.loss) and math.isfinite(figures.grad_norm)):
             what = f"loss is {figures.loss}" if not math.isfinite(figures.loss) else f"gradient norm is {figures.grad_norm}"
             raise NotFinite(f"step {lesson.step}: the {what}; the last checkpoint is of step {self._saved_step or 'none'}")
         self._look_for_spike(lesson)
-        return figures
 
     def _stop(self) -> None:
+        self.catch_up()
         if self.position.step:
             self.save()
         raise Stopped(f"stopped on request after step {self.position.step}")
@@ -125,6 +145,7 @@ class Training:
 
     def _validate(self) -> bool:
         """Validates, unless a request to stop comes first; says whether it did."""
+        self.catch_up()
         training, step = self.spec.training, self.position.step
         result = validate(
             self.learner.model,
@@ -196,7 +217,9 @@ class Training:
             self._directory.rename(self._directory.with_name(f"checkpoints.before-{time.time_ns()}"))
 
     def save(self) -> None:
-        """A checkpoint of this step, unless there is one; then the oldest beyond `keep_checkpoints` go."""
+        """A checkpoint of this step, which has been told of then, unless there is one; then the oldest beyond `keep_checkpoints` go."""
+        self.catch_up()
+        self._save_asked = False
         if self._saved_step == self.position.step:
             return
         self._saved_step = self.position.step
@@ -230,9 +253,9 @@ class Training:
             "torch": torch.__version__,
         }
 
-    def _save_if_due(self, *, asked: bool) -> None:
+    def _save_if_due(self) -> None:
         every = self.spec.training.checkpoint_every
-        if asked or (every and self.position.step % every == 0):
+        if self._save_asked or (every and self.position.step % every == 0):
             self.save()
 
     # ----- reports

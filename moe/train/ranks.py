@@ -78,7 +78,7 @@ def join(parallel: Parallel) -> Ranks:
         if store:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             init_method=f"file://{store}" if store else "env://",
             rank=rank,
             world_size=size,

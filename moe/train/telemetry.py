@@ -42,6 +42,13 @@ def unpack(rows: NDArray[np.int32], parts: Mapping[str, Tensor]) -> dict[str, ND
     return arrays
 
 
+def total(rows: Tensor, parts: Mapping[str, Tensor], name: str) -> Tensor:
+    """int64[*shape]: the counts `name` of the gathered int32[R, n], summed over the ranks, on their device."""
+    before = list(parts)[: list(parts).index(name)]
+    start = sum(parts[other].numel() for other in before)
+    return rows[:, start : start + parts[name].numel()].sum(0).view(parts[name].shape)
+
+
 def step_parts(
     lm_loss: Tensor,
     balance_loss: Tensor,
