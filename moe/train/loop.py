@@ -280,7 +280,7 @@ class Training:
                 top_k=spec.model.moe.top_k if spec.model.moe else 0,
                 phases=list(telemetry.PHASES),
                 balance_terms=list(model.balance_terms),
-                ops=self._implementations(),
+                ops=self.implementations(),
                 versions={"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
             )
         )
@@ -290,7 +290,8 @@ class Training:
             f"{self.ranks.size} x {device}; " + (f"going on after step {self._resumed_from}" if self._resumed_from is not None else "from the start")
         )
 
-    def _implementations(self) -> dict[str, str]:
+    def implementations(self) -> dict[str, str]:
+        """Which implementation runs each operation."""
         moe, dtype = self.spec.model.moe, torch.bfloat16 if self.spec.training.precision == "bfloat16" else torch.float32
         biased, padded = moe is not None and moe.bias == "expert", moe is not None and moe.capacity.padded
         masked = is_masked(self.spec.model) or self.spec.data.packing == "documents"

@@ -9,8 +9,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-_new_event = torch.cuda.Event
-
 
 class Reading(Protocol):
     """int32[R, n] that was begun to be copied from the device; what happens to it there later does not change what is read."""
@@ -44,7 +42,7 @@ class Later:
     def __init__(self, rows: Tensor) -> None:
         self._rows = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
         self._rows.copy_(rows, non_blocking=True)
-        self._arrived = _new_event(blocking=True)  # type: ignore[no-untyped-call]
+        self._arrived = torch.cuda.Event(blocking=True)
         self._arrived.record()
 
     def array(self) -> NDArray[np.int32]:
