@@ -56,7 +56,7 @@ function tookSeconds(run: Run): number {
 function speedText({ run, series, step }: RunStore, value: number | null | undefined): string {
   const row = series.rowAt(step);
   const share = (row >= 0 ? series.view("mfu")?.mean[row] : undefined) ?? run.summary?.mfu;
-  return share === undefined || share === null ? metric(value) : `${metric(value)} · ${percent(share, 0)}`;
+  return share === undefined || share === null ? compact(value) : `${compact(value)} · ${percent(share, 0)}`;
 }
 
 /** A figure of the strip: a metric at the chosen step, or a fact of the run. */
