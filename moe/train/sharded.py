@@ -7,6 +7,7 @@ A checkpoint holds everything, whatever the ranks: what was saved by 2 x 1 ranks
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -32,6 +33,8 @@ def shard(model: Transformer, size: int, device: torch.device) -> None:
     from torch.distributed.device_mesh import init_device_mesh  # only where it is asked for: it takes long to import
     from torch.distributed.fsdp import fully_shard
 
+    # It warns of outputs that are views, which nobody may change in place: nobody does.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     mesh = init_device_mesh(device.type, (size,))
     experts = {parameter for name, parameter in model.named_parameters() if is_sharded(name)}
     for module in [*model.blocks, *(ahead.block for ahead in model.mtp), model]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -69,6 +70,13 @@ def validated(learning: Learner) -> float:
     return found.loss
 
 
+def reductions(learning: Learner, step: int) -> int:
+    """How often a step reduces gradients of shards."""
+    with patch.object(dist, "reduce_scatter_single", wraps=dist.reduce_scatter_single) as counted:
+        learning.learn(step, 0.0)
+    return counted.call_count
+
+
 def learnt(case: str, data: int, expert: int, saved: Path) -> dict[str, Any]:
     """A run of STEPS steps, its validation and its checkpoint; then one that goes on from `saved`."""
     learning = learner(case, data, expert)
@@ -76,7 +84,8 @@ def learnt(case: str, data: int, expert: int, saved: Path) -> dict[str, Any]:
     other = learner(case, data, expert)
     other.load(torch.load(saved))
     first = dist.is_initialized() and dist.get_rank() > 0
-    return {"steps": steps, "validation": validation, "tensors": {} if first else tensors, "went on": told(other, STEPS + 1)}
+    went_on = told(other, STEPS + 1)
+    return {"steps": steps, "validation": validation, "tensors": {} if first else tensors, "went on": went_on, "reductions": reductions(other, 9)}
 
 
 def every_case(layouts: list[tuple[int, int]], directory: Path) -> dict[tuple[int, int], dict[str, Any]]:
@@ -114,6 +123,8 @@ def test_shards_learn_what_one_process_learns(alone: tuple[Path, dict[str, Any]]
                     for made, wanted in zip(mine[part], one[part], strict=True):
                         assert made == pytest.approx(wanted, rel=TOLERANCE), f"{layout}, {case}: {part}"
             check_tensors(first["tensors"], one["tensors"], case)
+            ahead = 1 if case == "predicting ahead" else 0
+            assert first["reductions"] == 2 + ahead + (case != "only the MoE layers"), f"{case}: one for each block and one for the rest"
 
 
 def check_tensors(got: dict[str, dict[str, torch.Tensor]], wanted: dict[str, dict[str, torch.Tensor]], case: str) -> None:
