@@ -230,12 +230,13 @@ def benchmark(shape: Shape = STACK, device_name: str = "cuda", rounds: int = ROU
         "tokens_per_step": shape.tokens, "flops_per_token": cost.flops_per_token.training, "ops": training.implementations(),
         "step_ms": {name: _spread_ms(series) for name, series in times.items()}, "errors": errors,
         "tokens_per_s": {name: round(shape.tokens / median, 1) for name, median in step_s.items()},
-        "tflop_per_s": flop_per_s / 1e12, "peer": best, "waits": waited,
+        "tflop_per_s": flop_per_s / 1e12, "peer": best,
         "memory_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         "targets": {
             "mfu": _target(mfu, LEAST_MFU, mfu is not None and mfu >= LEAST_MFU),
             "ratio": _target(ratio, LEAST_RATIO, ratio is not None and ratio >= LEAST_RATIO),
             "telemetry_percent": _target(percent, MOST_TELEMETRY_PERCENT, percent <= MOST_TELEMETRY_PERCENT),
+            "waits": _target(waited, 0, waited == 0),
         },
     }  # fmt: skip
 

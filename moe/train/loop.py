@@ -23,13 +23,11 @@ from moe.attention import is_masked
 from moe.train import checkpoint, telemetry
 from moe.train.journal import Journal, duration
 from moe.train.learner import Learner, Lesson, Made
-from moe.train.ranks import Ranks
 from moe.train.spikes import SpikeDetector
 from moe.train.stop import DiskFull, NotFinite, Requests, Stopped
 from moe.train.validation import validate
 from spec import accounting, events
 from spec.experiment import ExperimentSpec
-from spec.peak import peak_flop_per_s
 
 ROUTER_MEMORY_STEPS = 16  # What the router did "before" a spike is its mean over this many steps.
 RESERVE = 3  # A run does not start where fewer of its checkpoints than this would fit on the disk.
@@ -63,7 +61,7 @@ class Training:
             cuda=self.ranks.device.type == "cuda",
             router_prob=spec.telemetry.router_prob,
             flops_per_token=accounting.price(spec).flops_per_token.training,
-            peak_flop_per_s=_peak(spec, self.ranks),
+            peak_flop_per_s=telemetry.peak(spec.training.precision, self.ranks),
             mtp_weight=spec.model.mtp_weight if spec.model.mtp_depth else None,
         )
         self._spikes = SpikeDetector(spec.telemetry.spike_window, spec.telemetry.spike_threshold)
@@ -338,14 +336,6 @@ class Training:
             self._journal.say(f"loss spike at step {lesson.step}: {spike.loss:.4f}, {spike.score:.1f} deviations above {spike.median:.4f}")
         if figures.tokens_LE is not None:
             self._vio_memory.append(telemetry.max_vio(figures.tokens_LE).tolist())
-
-
-def _peak(spec: ExperimentSpec, ranks: Ranks) -> float | None:
-    """FLOP/s of all the run's devices at best; None where it is not known, as of CPUs."""
-    if ranks.device.type != "cuda":
-        return None
-    peak = peak_flop_per_s(torch.cuda.get_device_name(ranks.device), spec.training.precision)
-    return None if peak is None else peak * ranks.size
 
 
 def _check_disk(out: Path, checkpoint_bytes: int) -> None:

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moe.routing import RoutingStats
+from moe.train.ranks import Ranks
+from spec.peak import peak_flop_per_s
 
 Host = Mapping[str, NDArray[Any]]
 FIGURE = "router/"  # begins the names of what routers and capacity report of themselves
@@ -162,6 +164,14 @@ def max_vio(tokens_LE: NDArray[Any]) -> NDArray[np.float64]:
     mean_L = tokens_LE.mean(axis=1, dtype=np.float64)
     excess_L: NDArray[np.float64] = tokens_LE.max(axis=1) - mean_L
     return excess_L / np.where(mean_L > 0, mean_L, 1)
+
+
+def peak(precision: str, ranks: Ranks) -> float | None:
+    """FLOP/s of all the run's devices at best; None where it is not known, as of CPUs."""
+    if ranks.device.type != "cuda":
+        return None
+    one = peak_flop_per_s(torch.cuda.get_device_name(ranks.device), precision)
+    return None if one is None else one * ranks.size
 
 
 class Reporter:

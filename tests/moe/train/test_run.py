@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from moe.train import checkpoint, loop
+from moe.train import checkpoint, telemetry
 from moe.train.stop import DISK_FULL, ERROR, OUT_OF_MEMORY, DiskFull, NotFinite, SpecRefused, Stopped, classify
 from spec import events
 from spec.accounting import price
@@ -103,7 +103,7 @@ def test_the_scalars_follow_from_the_tensors(run: Start) -> None:
 
 
 def test_the_utilisation_is_the_priced_flops_over_the_peak(run: Start, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(loop, "_peak", lambda spec, ranks: 4e12)
+    monkeypatch.setattr(telemetry, "peak", lambda precision, ranks: 4e12)
     done = run(training={"steps": 2})
     done.go()
     flops = price(done.learner.spec).flops_per_token.training
