@@ -81,11 +81,17 @@ def learnt(case: str, data: int, expert: int, saved: Path) -> dict[str, Any]:
     """A run of STEPS steps, its validation and its checkpoint; then one that goes on from `saved`."""
     learning = learner(case, data, expert)
     steps, validation, tensors = told(learning, 1), validated(learning), learning.tensors()
-    other = learner(case, data, expert)
-    other.load(torch.load(saved))
-    first = dist.is_initialized() and dist.get_rank() > 0
+    other, wanted = learner(case, data, expert), torch.load(saved)
+    with other.whole_model() as model:  # as a start from weights does
+        assert all(type(parameter) is torch.nn.Parameter for parameter in model.parameters())
+        model.load_state_dict(wanted["model"])
+    filled = other.tensors()["model"]
+    if not dist.get_rank():
+        assert all(torch.equal(filled[name], tensor) for name, tensor in wanted["model"].items())
+    other.load(wanted)
     went_on = told(other, STEPS + 1)
-    return {"steps": steps, "validation": validation, "tensors": {} if first else tensors, "went on": went_on, "reductions": reductions(other, 9)}
+    whole = {} if dist.get_rank() else tensors
+    return {"steps": steps, "validation": validation, "tensors": whole, "went on": went_on, "reductions": reductions(other, 9)}
 
 
 def every_case(layouts: list[tuple[int, int]], directory: Path) -> dict[tuple[int, int], dict[str, Any]]:
