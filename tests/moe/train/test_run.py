@@ -168,6 +168,14 @@ def test_bfloat16_follows_float32(run: Start, tmp_path: Path) -> None:
     assert all(parameter.dtype == torch.float32 for parameter in half.learner.parameters)
 
 
+def test_tf32_is_float32_where_there_are_no_tensor_cores(run: Start, tmp_path: Path) -> None:
+    exact, rounded = run(out=tmp_path / "f32", training={"steps": 3}), run(out=tmp_path / "tf32", training={"steps": 3, "precision": "tf32"})
+    exact.go()
+    rounded.go()
+    assert losses(rounded) == losses(exact)
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 def test_a_run_on_fixed_text_has_the_losses_it_always_had(run: Start, tmp_path: Path) -> None:
     lines = [json.dumps({"text": f"The square of {n} is {n * n}, its cube is {n**3}.\n"}) for n in range(400)]
     (tmp_path / "numbers.jsonl").write_text("\n".join(lines))
