@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe.balance import counts
+
 Ffn = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -86,7 +88,7 @@ def expert_ffn(x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, n_experts: int,
     """
     top_k, held = expert_TK.shape[1], n_experts // mesh.expert
     expert_R, slot_R = expert_TK.flatten().sort(stable=True)
-    count_E = torch.bincount(expert_R, minlength=n_experts + 1)[:n_experts]
+    count_E = counts(expert_R, n_experts)
     arriving_E = torch.empty_like(count_E)
     dist.all_to_all_single(arriving_E, count_E, group=mesh.shards)
     both_2P = torch.stack((count_E, arriving_E)).view(2, mesh.expert, held).sum(2)

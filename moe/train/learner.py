@@ -22,6 +22,7 @@ from moe.routing import RoutingStats
 from moe.train import reading, sharded, telemetry
 from moe.train.batches import Batches
 from moe.train.clock import PhaseClock
+from moe.train.compiler import check_compiler
 from moe.train.freeze import freeze
 from moe.train.hash_tables import fill_tables
 from moe.train.loader import Loader
@@ -74,6 +75,9 @@ class Learner:
         freeze(self.model, spec.training.train)
         if ranks.shard:
             sharded.shard(self.model, ranks.size, ranks.device)
+        if spec.training.compile:
+            check_compiler(ranks.device)
+            self.model.compile_blocks()
         self.parameters = list(self.model.parameters())
         self.trained = [parameter for parameter in self.parameters if parameter.requires_grad]
         self.optimizer = AdamW(self.model, spec.optimizer, ranks.mesh)
