@@ -55,15 +55,29 @@ _CLAMPED = Pointwise(_clamped_value, _clamped_slope, LIMIT)
 POINTWISE = {"swiglu": _SILU, "geglu": _GELU, "gelu": _GELU, "relu": _RELU, "swiglu_clamped": _CLAMPED}
 
 
+def _silent(_: str) -> None:
+    """Nobody asks what takes how long."""
+
+
 def expert_ffn(
-    x_TD: Tensor, w_in_EHD: Tensor, w_out_EDF: Tensor, expert_TK: Tensor, gate_TK: Tensor, activation: str, b_in_EH: Tensor | None = None
+    x_TD: Tensor,
+    w_in_EHD: Tensor,
+    w_out_EDF: Tensor,
+    expert_TK: Tensor,
+    gate_TK: Tensor,
+    activation: str,
+    b_in_EH: Tensor | None = None,
+    lap: Callable[[str], None] | None = None,
 ) -> Tensor:
     """As `experts_naive.expert_ffn`. Products are in x's dtype whatever the weights' dtype; weight gradients have the weights'.
 
-    Bit-reproducible for a given number of threads. Raises KeyError for an unknown activation.
+    Bit-reproducible for a given number of threads. `lap` is told when dispatch, experts and combine begin, in both passes: the gather of
+    rows, a piece at a time before its products, is the experts'. Raises KeyError for an unknown activation.
     """
+    lap = lap or _silent
+    lap("dispatch")
     plan = make_plan(expert_TK, w_in_EHD.shape[0], 32 if x_TD.dtype == torch.bfloat16 else 1)
-    y_TD: Tensor = _ExpertFfn.apply(x_TD, w_in_EHD, w_out_EDF, gate_TK, b_in_EH, plan, activation)
+    y_TD: Tensor = _ExpertFfn.apply(x_TD, w_in_EHD, w_out_EDF, gate_TK, b_in_EH, plan, activation, lap)
     return y_TD
 
 
@@ -92,8 +106,18 @@ def _pieces(size_E: list[int], most_rows: int) -> list[_Piece]:
 class _ExpertFfn(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, w_in_EHD: Tensor, w_out_EDF: Tensor, gate_TK: Tensor, b_in_EH: Tensor | None, plan: Plan, activation: str
+        ctx: Any,
+        x_TD: Tensor,
+        w_in_EHD: Tensor,
+        w_out_EDF: Tensor,
+        gate_TK: Tensor,
+        b_in_EH: Tensor | None,
+        plan: Plan,
+        activation: str,
+        lap: Callable[[str], None],
     ) -> Tensor:
+        ctx.lap = lap
+        lap("experts")
         n_hidden = w_in_EHD.shape[1]
         point, gated = POINTWISE[activation], activation in GATED
         pieces = _pieces(plan.size_E, PIECE_BYTES // (n_hidden * x_TD.element_size()))
@@ -112,6 +136,7 @@ class _ExpertFfn(torch.autograd.Function):
             _multiply(act_NF, w_out_EDF[piece.experts].transpose(1, 2), y_RD[piece.rows], piece.sizes)
         ctx.save_for_backward(x_TD, w_in_EHD, w_out_EDF, gate_R1, h_RH)
         ctx.plan, ctx.pieces, ctx.point, ctx.gated, ctx.gate_dtype = plan, pieces, point, gated, gate_TK.dtype
+        lap("combine")
         return F.embedding_bag(plan.row_TK, y_RD, mode="sum")
 
     @staticmethod
@@ -119,6 +144,7 @@ class _ExpertFfn(torch.autograd.Function):
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, w_in_EHD, w_out_EDF, gate_R1, h_RH = ctx.saved_tensors
         plan: Plan = ctx.plan
+        ctx.lap("experts")
         dy_TD = dy_TD.contiguous()
         dx_RD, dgate_R = _rows(x_TD, plan), x_TD.new_empty(plan.n_rows)
         dw_in_EHD, dw_out_EDF = (torch.empty_like(w, dtype=dtype) for w, dtype in zip((w_in_EHD, w_out_EDF), ctx.weight_dtypes, strict=True))
@@ -134,9 +160,10 @@ class _ExpertFfn(torch.autograd.Function):
                 _sum_rows(dh_NH, db_in_EH[piece.experts], piece.sizes)
             _multiply_rows(dh_NH, x_TD.index_select(0, token_N), dw_in_EHD[piece.experts], piece.sizes)
             _multiply_rows(dy_ND, act_NF, dw_out_EDF[piece.experts], piece.sizes)
+        ctx.lap("dispatch")
         dgate_TK = torch.zeros(plan.row_TK.shape, dtype=ctx.gate_dtype)
         dgate_TK.view(-1)[plan.slot_N] = dgate_R[plan.kept_N].to(ctx.gate_dtype)
-        return F.embedding_bag(plan.row_TK, dx_RD, mode="sum"), dw_in_EHD, dw_out_EDF, dgate_TK, db_in_EH, None, None
+        return F.embedding_bag(plan.row_TK, dx_RD, mode="sum"), dw_in_EHD, dw_out_EDF, dgate_TK, db_in_EH, None, None, None
 
 
 def _rows(x_TD: Tensor, plan: Plan) -> Tensor:

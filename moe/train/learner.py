@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moe.laps import Laps
 from moe.model import Transformer, build_model
 from moe.routing import RoutingStats
 from moe.train import sharded, telemetry
@@ -33,13 +34,14 @@ from spec.experiment import ExperimentSpec
 
 @dataclass(frozen=True)
 class Lesson:
-    """A step that was made. `figures` are over all ranks; `phase_ms` is float32[R, phases]."""
+    """A step that was made. `figures` are over all ranks; `phase_ms` is float32[R, phases]; `sample` is of a sampled step."""
 
     step: int
     figures: telemetry.Step
     rate: float
     seconds: float
     phase_ms: NDArray[np.float32]
+    sample: telemetry.Sample | None = None
 
 
 class Learner:
@@ -81,13 +83,13 @@ class Learner:
         figures = telemetry.Step.over_ranks(telemetry.unpack(host, parts))
         if stats is not None:
             self._update_balance(stats, figures)
-        return Lesson(step, figures, rate, time.perf_counter() - started, self._phases())
+        return Lesson(step, figures, rate, time.perf_counter() - started, self._phases(), self._sample())
 
     def learn(self, step: int, rate: float) -> tuple[Tensor, Tensor, Tensor, RoutingStats | None, Tensor | None]:
         """The step itself; this rank's mean losses, the gradient norm, the routing statistics and the extra predictions' loss, on the device."""
-        self._clock.start()
+        self._clock.start(Laps(self.ranks.device) if self.spec.telemetry.sampled(step) else None)
         lm_loss, balance_loss, stats, mtp_loss = self._forward_backward(step)
-        sharded.average_gradients(self.optimizer.parameters, self.ranks.size, self.ranks.mesh)
+        sharded.average_gradients(self.optimizer.parameters, self.ranks.size, self.ranks.mesh, self._clock.laps)
         self._clock.mark("reduce")
         grad_norm = self.optimizer.clip(self.spec.optimizer.grad_clip)
         self.optimizer.step(rate)
@@ -106,7 +108,7 @@ class Learner:
             tokens_BS, targets_BS = (tensor.to(self.ranks.device) for tensor in batch)
             self._clock.mark("data")
             with self.autocast():
-                output = self.model(tokens_BS, targets_BS, self.batches.documents(tokens_BS))
+                output = self.model(tokens_BS, targets_BS, self.batches.documents(tokens_BS), laps=self._clock.laps)
             self._clock.mark("forward")
             loss = output.lm_loss + output.balance_loss
             if output.mtp_loss is not None:
@@ -133,6 +135,13 @@ class Learner:
     def _phases(self) -> NDArray[np.float32]:
         own = torch.tensor(self._clock.milliseconds(), dtype=torch.float32)
         return self.ranks.gather(own.to(self.ranks.device)).cpu().numpy() if self.ranks.size > 1 else own.numpy()[None]
+
+    def _sample(self) -> telemetry.Sample | None:
+        laps = self._clock.laps
+        if laps is None:
+            return None
+        own = torch.tensor([*laps.milliseconds().flatten(), laps.sent_bytes], dtype=torch.float32)
+        return telemetry.Sample.over_ranks(self.ranks.gather(own.to(self.ranks.device)).cpu().numpy(), routed=self.ranks.mesh is not None)
 
     # ----- state
 

@@ -278,7 +278,8 @@ class Training:
             if names := self._reporter.declare(figures):
                 self._journal.record(events.MetricsDeclared(names=names))
             scalars = self._reporter.scalars(figures, lesson.rate, tokens, lesson.seconds)
-            self._journal.record(events.StepDone(step, time.time(), scalars, self._reporter.tensors(figures, lesson.phase_ms)))
+            sampled = lesson.sample.tensors() if lesson.sample is not None else {}
+            self._journal.record(events.StepDone(step, time.time(), scalars, self._reporter.tensors(figures, lesson.phase_ms) | sampled))
         smoothing = 0.1 if self._seconds_per_step else 1.0
         self._seconds_per_step += smoothing * (lesson.seconds - self._seconds_per_step)
         router = ""

@@ -75,7 +75,7 @@ def join(parallel: Parallel) -> Ranks:
             world_size=size,
             timeout=timedelta(seconds=float(os.environ.get("MOELAB_COLLECTIVE_TIMEOUT_S", "300"))),
         )
-    return Ranks(rank, size, device, Mesh.of(parallel.data, parallel.expert) if parallel.expert > 1 else None)
+    return Ranks(rank, size, device, Mesh.of(parallel.data, parallel.expert, overlap=parallel.overlap) if parallel.expert > 1 else None)
 
 
 def _device(parallel: Parallel) -> torch.device:

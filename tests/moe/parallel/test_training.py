@@ -67,14 +67,14 @@ def test_traffic_is_what_the_routing_makes_it(runs: dict[tuple[int, int], Path],
     """A rank sends its tokens' k copies in every layer, to its own replica alone; who receives is who holds the chosen experts."""
     data, expert = layout
     for step in steps(runs[layout]).values():
-        traffic_RR = step.tensors["rank_tokens"]
-        assert traffic_RR.shape == (data * expert, data * expert)
-        assert traffic_RR.sum(1).tolist() == [2 * 2 * 4 * 32 // (data * expert)] * (data * expert)
+        traffic_LRR = step.tensors["rank_traffic"]
+        assert traffic_LRR.shape == (2, data * expert, data * expert)
+        assert traffic_LRR.sum(2).tolist() == [[2 * 4 * 32 // (data * expert)] * (data * expert)] * 2
         for shard in range(expert):
             held = step.tensors["expert_tokens"][:, shard * 4 // expert : (shard + 1) * 4 // expert]
-            assert traffic_RR[:, shard::expert].sum() == held.sum()
+            assert traffic_LRR[:, :, shard::expert].sum((1, 2)).tolist() == held.sum(1).tolist()
         if data > 1:
-            assert not traffic_RR[:expert, expert:].any() and not traffic_RR[expert:, :expert].any()
+            assert not traffic_LRR[:, :expert, expert:].any() and not traffic_LRR[:, expert:, :expert].any()
 
 
 @pytest.mark.parametrize(("saved", "resumed"), [((1, 2), (1, 1)), ((1, 2), (2, 1)), pytest.param((1, 2), (1, 4), marks=pytest.mark.slow)])
