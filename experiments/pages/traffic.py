@@ -10,18 +10,18 @@ from pydantic import ValidationError
 from spec.accounting import price
 from spec.experiment import ExperimentSpec
 
-PASSES = 4
-"""Of each row that is sent: out and back, forward and backward."""
-
-
 def expected_traffic(spec: Mapping[str, Any]) -> dict[str, int]:
-    """Bytes that one sent row is in a step, and bytes that are to cross in a step; 0 where experts are not shared out, or nobody knows."""
+    """Bytes that one sent row is in a step (out and back, forward and backward), and bytes that are to cross in a step.
+
+    0 where experts are not shared out, or nobody knows.
+    """
     try:
         described = ExperimentSpec.model_validate(spec)
     except ValidationError:
         return {"row_bytes": 0, "step_bytes": 0}
     if described.parallel.expert == 1 or described.model.moe is None:
         return {"row_bytes": 0, "step_bytes": 0}
+    passes = 6 if described.training.activation_recompute else 4
     width = 4 if described.training.precision == "float32" else 2
     cost = price(described)
-    return {"row_bytes": PASSES * width * described.model.d_model, "step_bytes": cost.all_to_all_bytes_per_token * cost.tokens_per_step}
+    return {"row_bytes": passes * width * described.model.d_model, "step_bytes": cost.all_to_all_bytes_per_token * cost.tokens_per_step}
