@@ -14,8 +14,9 @@ from experiments.models import Role, Run
 from experiments.pages import specialisation
 from experiments.pages.gate import page
 from experiments.pages.notices import router_notice
-from experiments.pages.traffic import expected_traffic
+from experiments.pages.traffic import expected_traffic, sample_steps
 from spec.diff import diff
+from spec.events import PARTS
 from spec.experiment import ExperimentSpec
 from spec.yaml_text import dump
 
@@ -27,7 +28,7 @@ def detail(request: HttpRequest, principal: Principal, run_id: int) -> HttpRespo
     shown = run_json(run)
     context = {
         "run": shown,
-        "page_data": {"run": shown, "log_size": run.log_size},
+        "page_data": {"run": shown, "log_size": run.log_size, "parts": {"names": PARTS, "every": sample_steps(run.spec)}},
         "router_notice": router_notice(run.spec),
         "traffic": expected_traffic(run.spec),
         "expert_ranks": run.spec.get("parallel", {}).get("expert", 1),

@@ -1,4 +1,4 @@
-"""What crosses between the ranks that share a run's experts, as the accountant predicts it: the run page sets it beside what was counted."""
+"""What the run page must know of a run's ranks: the traffic that the accountant predicts, to set beside what was counted; when steps are sampled."""
 
 from __future__ import annotations
 
@@ -25,3 +25,11 @@ def expected_traffic(spec: Mapping[str, Any]) -> dict[str, int]:
     width = 4 if described.training.precision == "float32" else 2
     cost = price(described)
     return {"row_bytes": passes * width * described.model.d_model, "step_bytes": cost.all_to_all_bytes_per_token * cost.tokens_per_step}
+
+
+def sample_steps(spec: Mapping[str, Any]) -> int:
+    """Steps between those whose parts are timed; 0 where none is, or nobody knows."""
+    try:
+        return ExperimentSpec.model_validate(spec).telemetry.sample_steps if spec else 0
+    except ValidationError:
+        return 0

@@ -20,7 +20,7 @@ from tests.moe.parallel.ranks import on_ranks
 
 LAYOUTS = [(1, 2), (1, 4)]  # data, expert
 D, K, LAYERS, TOKENS = 16, 3, 2, 24
-LATE_S = 0.3
+LATE_S = 0.5
 
 
 def model_of(ranks: int) -> Model:
