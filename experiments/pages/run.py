@@ -11,7 +11,7 @@ from django.shortcuts import render
 from experiments.access import Principal, roles_include, visible_runs
 from experiments.api.resources import run_json
 from experiments.models import Role, Run
-from experiments.pages import specialisation
+from experiments.pages import placement, specialisation
 from experiments.pages.gate import page
 from experiments.pages.notices import router_notice
 from experiments.pages.traffic import expected_traffic, sample_steps
@@ -49,6 +49,8 @@ def panel(request: HttpRequest, principal: Principal, run_id: int, panel: str) -
         return render(request, "pages/_checkpoints.html", {"checkpoints": run.checkpoints.order_by("-step", "-attempt")})
     if panel == "specialisation":
         return render(request, "pages/_specialisation.html", specialisation.context(request, run))
+    if panel == "placement":
+        return render(request, "pages/_placement.html", placement.context(request, run))
     if panel == "spec":
         return render(request, "pages/_spec.html", _spec_context(principal, run))
     raise Http404

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from spec.accounting import price
 from spec.experiment import ExperimentSpec
 
+
 def expected_traffic(spec: Mapping[str, Any]) -> dict[str, int]:
     """Bytes that one sent row is in a step (out and back, forward and backward), and bytes that are to cross in a step.
 
