@@ -60,12 +60,14 @@ class ExperimentSpec(Part):
         groups = moe.router.n_groups
         if moe.router.top_groups < groups and groups % ranks and ranks % groups:
             raise ValueError(
-                f"model.moe.router.n_groups {groups} and parallel.expert {ranks} do not divide each other: the experts of a group would lie on parts of ranks"
+                f"model.moe.router.n_groups {groups} and parallel.expert {ranks} do not divide each other: "
+                "the experts of a group would lie on parts of ranks"
             )
         for term in moe.balance:
             if (term.kind == "device_aux" or term.kind == "communication_aux") and term.n_devices != ranks:
                 raise ValueError(
-                    f"model.moe.balance {term.kind} n_devices {term.n_devices} is not parallel.expert {ranks}: its devices are the ranks that share the experts"
+                    f"model.moe.balance {term.kind} n_devices {term.n_devices} is not parallel.expert {ranks}: "
+                    "its devices are the ranks that share the experts"
                 )
 
     def _start_fits(self) -> None:

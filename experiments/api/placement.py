@@ -82,8 +82,8 @@ def shown(made: Placed, moe_layers: list[int]) -> PlacementOf:
             layer=names[row],
             device_experts=[made.placement.on_device(row, device) for device in range(made.asked.devices)],
             copies=copies[row].tolist(),
-            load_before=None if made.before_LV is None else made.before_LV[row].tolist(),
-            load_after=made.after_LV[row].tolist(),
+            load_before=None if made.load_before is None else made.load_before[row].tolist(),
+            load_after=made.load_after[row].tolist(),
             balance_before=None if before is None else float(before[row]),
             balance_after=float(after[row]),
         )

@@ -33,26 +33,25 @@ def context(request: HttpRequest, run: Run) -> dict[str, Any]:
 
 def _placed(request: HttpRequest, run: Run, measured: placement.Loads, asked: Asked) -> dict[str, Any]:
     made = placement.placed(measured, asked)
-    before_L, after_L = made.balance
-    names = [*run.moe_layers, *range(len(run.moe_layers), len(after_L))]
-    row = min(_number(request, "layer", 100_000) or 0, len(after_L) - 1)
-    copies_E = made.placement.copies_LE[row]
-    before_V = None if made.before_LV is None else made.before_LV[row]
+    before, after = made.balance
+    names = [*run.moe_layers, *range(len(run.moe_layers), len(after))]
+    row = min(_number(request, "layer", 100_000) or 0, len(after) - 1)
+    copies = made.placement.copies_LE[row]
+    load_before = None if made.load_before is None else made.load_before[row]
     return {
         "made": made,
         "row": row,
         "layers": [
-            {"row": i, "name": names[i], "before": None if before_L is None else float(before_L[i]), "after": float(after_L[i])}
-            for i in range(len(after_L))
+            {"row": i, "name": names[i], "before": None if before is None else float(before[i]), "after": float(after[i])} for i in range(len(after))
         ],
-        "before": None if before_L is None else float(before_L.mean()),
-        "after": float(after_L.mean()),
-        "most": float(max(made.after_LV[row].max(), 0 if before_V is None else before_V.max())),
+        "before": None if before is None else float(before.mean()),
+        "after": float(after.mean()),
+        "most": float(max(made.load_after[row].max(), 0 if load_before is None else load_before.max())),
         "devices": [
             {
-                "before": None if before_V is None else float(before_V[device]),
-                "after": float(made.after_LV[row, device]),
-                "experts": [(expert, int(copies_E[expert])) for expert in made.placement.on_device(row, device)],
+                "before": None if load_before is None else float(load_before[device]),
+                "after": float(made.load_after[row, device]),
+                "experts": [(expert, int(copies[expert])) for expert in made.placement.on_device(row, device)],
             }
             for device in range(min(asked.devices, MAX_DEVICES))
         ],

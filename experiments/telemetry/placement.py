@@ -27,9 +27,9 @@ class PlacementError(ValueError):
 
 @dataclass(frozen=True)
 class Loads:
-    """Tokens of each expert, float64[L, E], over the steps first … last; `steps` of them were reported."""
+    """`tokens` of each expert, float64[L, E], over the steps first … last; `steps` of them were reported."""
 
-    tokens_LE: NDArray[np.float64]
+    tokens: NDArray[np.float64]
     first: int
     last: int
     steps: int
@@ -47,18 +47,21 @@ class Asked:
 
 @dataclass(frozen=True)
 class Placed:
-    """The loads, what was asked, and the placement. `before`: of equal, consecutive parts, None where devices do not divide the experts."""
+    """The loads, what was asked, the placement, and the devices' loads, float64[L, V].
+
+    `load_before` is that of equal, consecutive parts; None where devices do not divide the experts.
+    """
 
     loads: Loads
     asked: Asked
     placement: Placement
-    after_LV: NDArray[np.float64]
-    before_LV: NDArray[np.float64] | None
+    load_after: NDArray[np.float64]
+    load_before: NDArray[np.float64] | None
 
     @property
     def balance(self) -> tuple[NDArray[np.float64] | None, NDArray[np.float64]]:
         """Balancedness [L], mean / largest device load, before and after."""
-        return None if self.before_LV is None else balancedness(self.before_LV), balancedness(self.after_LV)
+        return None if self.load_before is None else balancedness(self.load_before), balancedness(self.load_after)
 
 
 def loads(run: Run, first: int | None, last: int | None) -> Loads | None:
@@ -96,13 +99,13 @@ def _number(spec: Any, *path: str) -> int:
 
 def placed(measured: Loads, asked: Asked) -> Placed:
     """The placement for these loads. Raises PlacementError."""
-    layers, n_experts = measured.tokens_LE.shape
+    layers, n_experts = measured.tokens.shape
     if layers * asked.replicas > MAX_SLOTS:
         raise PlacementError(f"replicas {asked.replicas} in {layers} layers are {layers * asked.replicas} slots; the limit is {MAX_SLOTS}")
     if wrong := placement.problem(n_experts, asked.replicas, asked.groups, asked.nodes, asked.devices):
         raise PlacementError(wrong)
-    made = placement.place(measured.tokens_LE, asked.replicas, asked.groups, asked.nodes, asked.devices)
+    made = placement.place(measured.tokens, asked.replicas, asked.groups, asked.nodes, asked.devices)
     before = None
     if n_experts % asked.devices == 0:
-        before = placement.plain(layers, n_experts, asked.devices).device_load(measured.tokens_LE)
-    return Placed(measured, asked, made, made.device_load(measured.tokens_LE), before)
+        before = placement.plain(layers, n_experts, asked.devices).device_load(measured.tokens)
+    return Placed(measured, asked, made, made.device_load(measured.tokens), before)
