@@ -75,14 +75,14 @@ class Training:
         """Makes the remaining steps. Raises Stopped after SIGTERM, NotFinite at a NaN, DiskFull, and whatever torch raises."""
         steps = self.spec.training.steps
         self._record_start()
-        if self.position.step and self._validation_due():
-            self._validate()  # The checkpoint was made by a stop in the middle of the validation that belongs to its step.
+        if self.position.step and self._validation_due() and not self._validate():
+            self._stop()  # The checkpoint was made by a stop in the middle of the validation that belongs to its step, and so is this one.
         while self.position.step < steps:
             if self.requests.stop and self.ranks.size == 1:
                 self._stop()
             figures = self.train_step()
-            if self._validation_due():
-                self._validate()
+            if self._validation_due() and not self._validate():
+                self._stop()  # Every rank knows: another step would leave this one's validation out for ever.
             if self.position.step < steps:
                 self._save_if_due(asked=figures.save)
                 if figures.stop:
