@@ -12,7 +12,7 @@ from kernels.activation import GATED
 from moe import parallel
 from moe.laps import Laps
 from moe.norm import product_dtype
-from moe.parallel import Mesh, Routed
+from moe.parallel import Mesh, Routed, Slots
 
 
 class Experts(nn.Module):
@@ -28,6 +28,7 @@ class Experts(nn.Module):
     def __init__(self, n_experts: int, d_model: int, d_expert: int, activation: str, *, biased: bool = False, mesh: Mesh | None = None) -> None:
         super().__init__()
         self.n_experts, self.activation, self.mesh = n_experts, activation, mesh
+        self.slots: Slots | None = None  # where experts are placed by load, which is for evaluation (moe.placed)
         held = n_experts if mesh is None else n_experts // mesh.expert
         rows = 2 * d_expert if activation in GATED else d_expert
         self.w_in = nn.Parameter(torch.empty(held, rows, d_model))
@@ -54,10 +55,16 @@ class Experts(nn.Module):
             y_TD = self._here(x_TD, expert_TK, gate_TK, capacity, laps)
             return Routed(y_TD, None, None if beside is None else beside())
 
+        n_slots = self.n_experts
+        if self.slots is not None:
+            if self.training:
+                raise ValueError("experts that are placed by load are for evaluation mode")
+            expert_TK, n_slots = self.slots.spread(expert_TK), self.slots.total
+
         def here(x_MD: Tensor, expert_M1: Tensor, gate_M1: Tensor) -> Tensor:
             return self._here(x_MD, expert_M1, gate_M1, None, laps)
 
-        return parallel.expert_ffn(x_TD, expert_TK, gate_TK, self.n_experts, self.mesh, here, beside, laps)
+        return parallel.expert_ffn(x_TD, expert_TK, gate_TK, n_slots, self.mesh, here, beside, laps)
 
     @torch.no_grad()
     def draw(self, weight: Tensor, std: float) -> None:

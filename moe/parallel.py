@@ -11,7 +11,7 @@ Letters: T tokens of this rank, D width, K experts chosen per token, E experts, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -59,6 +59,41 @@ class Mesh:
         """The experts that this rank holds: equal, consecutive parts."""
         size = n_experts // self.expert
         return slice(self.shard * size, (self.shard + 1) * size)
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Where a layer's experts lie, if not in equal parts: `slot_EC` int64[E + 1, C] the slots of each expert, the first `copies_E` of a row.
+
+    There are `total` slots, in equal parts over the ranks. Row E, which a dropped assignment has, holds `total`.
+    """
+
+    slot_EC: Tensor
+    copies_E: Tensor
+    total: int
+
+    @classmethod
+    def of(cls, expert_S: Sequence[int], n_experts: int, ranks: int) -> Slots:
+        """From the expert in each slot. Raises ValueError where an expert has no slot, or the ranks would not hold equally many."""
+        slots: list[list[int]] = [[] for _ in range(n_experts)]
+        for slot, expert in enumerate(expert_S):
+            if not 0 <= expert < n_experts:
+                raise ValueError(f"slot {slot} holds expert {expert}, of {n_experts}")
+            slots[expert].append(slot)
+        total = len(expert_S)
+        if missing := [expert for expert, own in enumerate(slots) if not own]:
+            raise ValueError(f"expert {missing[0]} has no slot")
+        if total % ranks:
+            raise ValueError(f"{total} slots are not equally many on each of {ranks} ranks")
+        most = max(map(len, slots))
+        rows = [own + own[:1] * (most - len(own)) for own in [*slots, [total]]]
+        return cls(torch.tensor(rows), torch.tensor([*map(len, slots), 1]), total)
+
+    def spread(self, expert_TK: Tensor) -> Tensor:
+        """int64[T, K]: the slot that serves each assignment. Tokens take turns over an expert's copies by their position."""
+        position_T1 = torch.arange(len(expert_TK), device=expert_TK.device)[:, None]
+        copies_E, slot_EC = self.copies_E.to(expert_TK.device), self.slot_EC.to(expert_TK.device)
+        return slot_EC[expert_TK, position_T1 % copies_E[expert_TK]]
 
 
 class Routed(NamedTuple):
