@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import start_processes
 
 from moe.laps import Laps
 from moe.model import Transformer, build_model
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] = ()) -> dict[str, Any]:
     turns = parser.parse_args(arguments).turns
     with tempfile.TemporaryDirectory() as directory:
         store = str(Path(directory) / "store")
-        mp.spawn(work, (store, turns), nprocs=RANKS)  # type: ignore[no-untyped-call]
+        start_processes(work, (store, turns), nprocs=RANKS, start_method="spawn")
         ranks = [torch.load(f"{store}.{rank}") for rank in range(RANKS)]
     slower = {name: [max(times) for times in zip(*(rank[name] for rank in ranks), strict=True)] for name in VARIANTS}
     median_ms = {name: 1000 * statistics.median(times) for name, times in slower.items()}
