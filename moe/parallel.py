@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe.balance import counts
 from moe.laps import Laps
 
 Ffn = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -194,7 +195,7 @@ def expert_ffn(
     """
     top_k, held = expert_TK.shape[1], n_experts // mesh.expert
     expert_R, slot_R = expert_TK.flatten().sort(stable=True)
-    count_E = torch.bincount(expert_R, minlength=n_experts + 1)[:n_experts]
+    count_E = counts(expert_R, n_experts)
     arriving_E = torch.empty_like(count_E)
     if laps is not None:
         laps.meet(mesh.shards)

@@ -41,6 +41,10 @@ class Training(Part):
         "only_moe: routers, experts and shared experts.",
     )
     activation_recompute: bool = field(False, "Recompute each layer's activations in the backward pass to save memory.")
+    compile: bool = field(
+        False,
+        "Run the layers through torch.compile: faster steps after a slower start. Needs Triton on CUDA, a C++ compiler on a CPU.",
+    )
 
     @model_validator(mode="after")
     def _micro_batches_divide(self) -> Self:

@@ -23,6 +23,7 @@ from moe.routing import RoutingStats
 from moe.train import sharded, telemetry
 from moe.train.batches import Batches
 from moe.train.clock import PhaseClock
+from moe.train.compiler import check_compiler
 from moe.train.freeze import freeze
 from moe.train.hash_tables import fill_tables
 from moe.train.optimizer import AdamW
@@ -57,6 +58,9 @@ class Learner:
         self.model = build_model(spec.model, recompute=spec.training.activation_recompute, mesh=ranks.mesh).to(ranks.device)
         fill_tables(self.model, batches.domains, spec.seed)
         self.model.train()
+        if spec.training.compile:
+            check_compiler(ranks.device)
+            self.model.compile_blocks()
         self.parameters = list(self.model.parameters())
         self.trained = freeze(self.model, spec.training.train)
         self.optimizer = AdamW(self.model, spec.optimizer, ranks.mesh)
@@ -87,7 +91,8 @@ class Learner:
 
     def learn(self, step: int, rate: float) -> tuple[Tensor, Tensor, Tensor, RoutingStats | None, Tensor | None]:
         """The step itself; this rank's mean losses, the gradient norm, the routing statistics and the extra predictions' loss, on the device."""
-        self._clock.start(Laps(self.ranks.device) if self.spec.telemetry.sampled(step) else None)
+        sampled = self.spec.telemetry.sampled(step) and not self.spec.training.compile  # a clock would break the graphs
+        self._clock.start(Laps(self.ranks.device) if sampled else None)
         lm_loss, balance_loss, stats, mtp_loss = self._forward_backward(step)
         sharded.average_gradients(self.optimizer.parameters, self.ranks.size, self.ranks.mesh, self._clock.laps)
         self._clock.mark("reduce")

@@ -268,7 +268,8 @@ class Training:
         biased, padded = moe is not None and moe.bias == "expert", moe is not None and moe.capacity.padded
         masked = is_masked(self.spec.model) or self.spec.data.packing == "documents"
         aligned = moe is None or is_aligned(self.spec.model.d_model, moe.d_expert)
-        return implementations(self.ranks.device, dtype, biased=biased, padded=padded, masked=masked, aligned=aligned)
+        compiled = self.spec.training.compile
+        return implementations(self.ranks.device, dtype, biased=biased, padded=padded, masked=masked, aligned=aligned, compiled=compiled)
 
     def _report(self, lesson: Lesson) -> None:
         spec, step, figures = self.spec, lesson.step, lesson.figures

@@ -33,8 +33,8 @@ def start(spec: ExperimentSpec | str, out: Path, *arguments: str, **environment:
     )
 
 
-def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
-    output = process.communicate(timeout=120)[0]
+def finish(process: subprocess.Popen[str], timeout_s: float = 120) -> tuple[int, str]:
+    output = process.communicate(timeout=timeout_s)[0]
     return process.returncode, output
 
 
@@ -96,6 +96,30 @@ def test_a_spec_that_cannot_be_trained_is_refused_field_by_field(tmp_path: Path)
     assert "model.d_model: " in output
     assert "model.moe.top_k: top_k 9 > n_experts 8" in output
     assert "Traceback" not in output
+
+
+def test_without_a_compiler_there_is_no_compiled_run(tmp_path: Path) -> None:
+    code, output = finish(start(tiny(training={"compile": True}), tmp_path, PATH=str(tmp_path), CXX="no-such-compiler"))
+    assert code == stop.SPEC_REFUSED
+    assert "training.compile: needs a C++ compiler" in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_compiled_it_is_the_same_run_on_one_rank_and_on_two_that_share_the_experts(tmp_path: Path) -> None:
+    training = {"steps": 4, "eval_every": 2, "checkpoint_every": 0}
+    alone = start(tiny(training=training), tmp_path / "eager")
+    compiled = start(tiny(training={**training, "compile": True}), tmp_path / "compiled")
+    spread = tiny(training={**training, "compile": True}, parallel={"expert": 2})
+    ranks = [start(spread, tmp_path / "two", RANK=str(rank), WORLD_SIZE="2", MOELAB_RENDEZVOUS=str(tmp_path / "store")) for rank in (0, 1)]
+    for process in (alone, compiled, *ranks):
+        code, output = finish(process, timeout_s=900)
+        assert code == stop.FINISHED, output
+    eager = steps(tmp_path / "eager")
+    for run, most in (("compiled", 1e-5), ("two", 1e-3)):  # two ranks: the Switch loss is each rank's own
+        for step, one in steps(tmp_path / run).items():
+            assert one.scalars[:2] == pytest.approx(eager[step].scalars[:2], rel=most), f"{run}, step {step}"
 
 
 def test_two_ranks_make_the_run_of_one(tmp_path: Path) -> None:
