@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import attention_cpu, attention_masked, experts_cpu, experts_grouped, experts_naive, experts_padded, rms_norm_cpu
+from kernels import attention_cpu, attention_masked, experts_cpu, experts_grouped, experts_naive, experts_padded, rms_norm_cpu, router_naive
 from kernels import expert_linear as linear
 
 
@@ -60,6 +60,20 @@ def _expert_ffn(device: str, dtype: torch.dtype, *, training: bool, biased: bool
     return "grouped_mm" if device == "cuda" and dtype == torch.bfloat16 and aligned else "naive"
 
 
+def route(logits_TE: Tensor, bias_E: Tensor | None, rule: router_naive.Rule) -> router_naive.Routed:
+    """The k experts of highest choice for every token, with their gates, counts and mean probabilities (see router_naive.route)."""
+    if _route(logits_TE.device.type, logits_TE.dtype, logits_TE.shape[1], rule.top_k) == "triton":
+        from kernels import router_triton
+
+        return router_triton.route(logits_TE, bias_E, rule)
+    return router_naive.route(logits_TE, bias_E, rule)
+
+
+def _route(device: str, dtype: torch.dtype, n_experts: int, top_k: int) -> str:
+    fits = dtype in (torch.float32, torch.bfloat16) and n_experts <= 1024 and top_k <= 32  # a tile holds whole rows
+    return "triton" if device == "cuda" and fits and find_spec("triton") else "torch"
+
+
 def attend(q_BHSC: Tensor, k_BGSC: Tensor, v_BGSV: Tensor) -> Tensor:
     """Causal softmax attention, [B, H, S, V]; consecutive query heads share a key-value head.
 
@@ -102,17 +116,20 @@ def implementations(
     padded: bool = False,
     masked: bool = False,
     aligned: bool = True,
+    scored: tuple[int, int] | None = None,
 ) -> dict[str, str]:
     """Operation to the implementation that runs it on `device` for products in `dtype`; shown on the run page.
 
     `biased`: the experts have biases; `padded`: they run over exactly their capacity; `masked`: some attention is not plainly causal;
-    `aligned`: see `is_aligned`, of the model's and the experts' widths.
+    `aligned`: see `is_aligned`, of the model's and the experts' widths; `scored`: experts and k of a router that takes the k highest scores
+    (others are plain torch).
     """
     kind = torch.device(device).type
     ours = kind == "cpu"
     return {
         "expert_ffn": _expert_ffn(kind, dtype, training=True, biased=biased, padded=padded, aligned=aligned),
         "expert_ffn (evaluation)": _expert_ffn(kind, dtype, training=False, biased=biased, padded=padded, aligned=aligned),
+        "router": "torch" if scored is None else _route(kind, torch.float32, *scored),
         "attention": "cpu" if ours and dtype == torch.bfloat16 else "sdpa",
         **({"attention (masked)": "blocks"} if masked else {}),
         "rms_norm": "cpu" if ours else "torch",
