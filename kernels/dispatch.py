@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,11 @@ from torch import Tensor
 
 from kernels import attention_cpu, attention_masked, experts_cpu, experts_grouped, experts_naive, experts_padded, rms_norm_cpu, router_naive
 from kernels import expert_linear as linear
+
+if TYPE_CHECKING:
+    from kernels.grouped_gemm_triton import Tiles
+
+_HAS_TRITON = find_spec("triton") is not None  # asked once: a compiled layer must not look for modules
 
 
 def expert_ffn(
@@ -50,12 +56,23 @@ def is_aligned(*widths: int) -> bool:
     return all(width % 8 == 0 for width in widths)
 
 
+def make_tiles(expert_TK: Tensor, n_experts: int, block_rows: int) -> Tiles:
+    """Assignments sorted by expert and cut into tiles, for `expert_ffn` in Triton."""
+    if expert_TK.device.type == "cuda":
+        from kernels import tiles_triton
+
+        return tiles_triton.make_tiles(expert_TK, n_experts, block_rows)
+    from kernels import grouped_gemm_triton
+
+    return grouped_gemm_triton.make_tiles(expert_TK, n_experts, block_rows)
+
+
 def _expert_ffn(device: str, dtype: torch.dtype, *, training: bool, biased: bool = False, padded: bool = False, aligned: bool = True) -> str:
     if padded:
         return "padded"
     if device == "cpu":
         return "cpu"
-    if device == "cuda" and not training and not biased and find_spec("triton"):
+    if device == "cuda" and not training and not biased and _HAS_TRITON:
         return "triton"
     return "grouped_mm" if device == "cuda" and dtype == torch.bfloat16 and aligned else "naive"
 
@@ -71,7 +88,7 @@ def route(logits_TE: Tensor, bias_E: Tensor | None, rule: router_naive.Rule) -> 
 
 def _route(device: str, dtype: torch.dtype, n_experts: int, top_k: int) -> str:
     fits = dtype in (torch.float32, torch.bfloat16) and n_experts <= 1024 and top_k <= 32  # a tile holds whole rows
-    return "triton" if device == "cuda" and fits and find_spec("triton") else "torch"
+    return "triton" if device == "cuda" and fits and _HAS_TRITON else "torch"
 
 
 def attend(q_BHSC: Tensor, k_BGSC: Tensor, v_BGSV: Tensor) -> Tensor:
