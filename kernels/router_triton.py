@@ -340,9 +340,18 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dprob_TE: Tensor | None, dscore_TE: Tensor | None, _c: None, _e: None, dgate_TK: Tensor | None, _n: None, dprob_E: Tensor | None) -> tuple[Tensor | None, ...]:  # fmt: skip
+def _backward(
+    ctx: Any,
+    dprob_TE: Tensor | None,
+    dscore_TE: Tensor | None,
+    _choice: None,
+    _expert: None,
+    dgate_TK: Tensor | None,
+    _count: None,
+    dprob_E: Tensor | None,
+) -> tuple[Tensor | None, ...]:
     logits_TE, expert_TK = ctx.saved_tensors
-    dscore_TE = dscore_TE if ctx.score == "sigmoid" else None
+    dscore_TE = dscore_TE if ctx.score == "sigmoid" else None  # else there is no such output
     return _route_backward_op(logits_TE, expert_TK, dgate_TK, dprob_TE, dscore_TE, dprob_E, ctx.score, ctx.gate, ctx.scale), *[None] * 9
 
 

@@ -31,7 +31,10 @@ def _count(expert, count, n_rows, n_blocks, N_EXPERTS: tl.constexpr, BINS: tl.co
 
 
 @triton.jit
-def _place(expert, total, token, slot, row_out, n_rows, n_blocks, TOP_K: tl.constexpr, N_EXPERTS: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr):  # fmt: skip
+def _place(
+    expert, total, token, slot, row_out, n_rows, n_blocks,
+    TOP_K: tl.constexpr, N_EXPERTS: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
     """The row of every assignment of one block, both ways; `total` is the running sum of `_count`."""
     block = tl.program_id(0)
     place = tl.arange(0, BLOCK)
@@ -52,7 +55,10 @@ def _place(expert, total, token, slot, row_out, n_rows, n_blocks, TOP_K: tl.cons
 
 
 @triton.jit
-def _map(total, end_out, tile_expert, tile_start, n_blocks, n_tiles, TILE_ROWS: tl.constexpr, N_EXPERTS: tl.constexpr, BINS: tl.constexpr, PART: tl.constexpr):  # fmt: skip
+def _map(
+    total, end_out, tile_expert, tile_start, n_blocks, n_tiles,
+    TILE_ROWS: tl.constexpr, N_EXPERTS: tl.constexpr, BINS: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
     """The tiles of one expert; the last program marks those without work."""
     expert = tl.program_id(0)
     bins = tl.arange(0, BINS)

@@ -44,7 +44,9 @@ def loss(term: BalanceTerm, decision: Decision, count_E: Tensor, batch: int, moe
         case "device_aux":
             return device_aux(mean_prob(decision), count_E, term.n_devices)
         case "communication_aux":
-            return communication_aux(mean_prob(decision), decision.expert_TK, term.n_devices, devices_per_token(moe.router, moe.top_k, term.n_devices))
+            return communication_aux(
+                mean_prob(decision), decision.expert_TK, term.n_devices, devices_per_token(moe.router, moe.top_k, term.n_devices)
+            )
         case "importance_cv2":
             return importance_cv2(decision.expert_TK, decision.gate_TK, len(count_E))
         case "load_cv2":
