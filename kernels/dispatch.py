@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -27,11 +28,13 @@ def expert_ffn(
     activation: str,
     b_in_EH: Tensor | None = None,
     capacity: int | None = None,
+    lap: Callable[[str], None] | None = None,
 ) -> Tensor:
     """y_t = sum_k gate_tk * FFN_expert_tk(x_t), with products in x's dtype; expert E stands for a dropped assignment.
 
     H is 2F (gate rows first) for gated activations, else F. Differentiable in all but `expert_TK` (int64). With a `capacity`, which no
-    expert may exceed, every expert runs over exactly so many rows.
+    expert may exceed, every expert runs over exactly so many rows. `lap`, if given, is told as each part begins: dispatch, experts, combine;
+    what one kernel does together is experts.
     """
     which = _expert_ffn(
         x_TD.device.type,
@@ -41,13 +44,21 @@ def expert_ffn(
         padded=capacity is not None,
         aligned=is_aligned(*w_out_EDF.shape[1:]),
     )
+    if which == "cpu" and torch.compiler.is_compiling():
+        from kernels import compiled
+
+        return compiled.expert_ffn(x_TD, w_in_EHD, w_out_EDF, expert_TK, gate_TK, activation, b_in_EH)
+    if which == "cpu":
+        return experts_cpu.expert_ffn(x_TD, w_in_EHD, w_out_EDF, expert_TK, gate_TK, activation, b_in_EH, lap)
+    if lap is not None:
+        lap("experts")
     if which == "triton":
         from kernels import experts_triton
 
         return experts_triton.expert_ffn(x_TD, w_in_EHD, w_out_EDF, expert_TK, gate_TK, activation)
     if capacity is not None:
         return experts_padded.expert_ffn(x_TD, w_in_EHD, w_out_EDF, expert_TK, gate_TK, activation, b_in_EH, capacity=capacity)
-    run = {"cpu": experts_cpu.expert_ffn, "grouped_mm": experts_grouped.expert_ffn, "naive": experts_naive.expert_ffn}[which]
+    run = {"grouped_mm": experts_grouped.expert_ffn, "naive": experts_naive.expert_ffn}[which]
     return run(x_TD, w_in_EHD, w_out_EDF, expert_TK, gate_TK, activation, b_in_EH)
 
 
@@ -96,7 +107,7 @@ def attend(q_BHSC: Tensor, k_BGSC: Tensor, v_BGSV: Tensor) -> Tensor:
 
     On CPUs torch's flash kernel is the faster one in float32, ours in bfloat16.
     """
-    if q_BHSC.device.type == "cpu" and q_BHSC.dtype == torch.bfloat16:
+    if q_BHSC.device.type == "cpu" and q_BHSC.dtype == torch.bfloat16 and not torch.compiler.is_compiling():
         return attention_cpu.attend(q_BHSC, k_BGSC, v_BGSV)
     return F.scaled_dot_product_attention(q_BHSC, k_BGSC, v_BGSV, is_causal=True, enable_gqa=q_BHSC.shape[1] != k_BGSC.shape[1])
 
@@ -110,17 +121,25 @@ def attend_masked(
     scale: float | None = None,
 ) -> Tensor:
     """Softmax attention to the keys in sight, [B, H, S, V]: windows, chunks, documents, a past, sinks, a scale (see attention_masked.attend)."""
+    if torch.compiler.is_compiling():
+        from kernels import compiled
+
+        return compiled.attend_masked(q_BHSC, k_BGPC, v_BGPV, sight, sink_H, scale)
     return attention_masked.attend(q_BHSC, k_BGPC, v_BGPV, sight, sink_H, scale)
 
 
 def expert_linear(x_RA: Tensor, w_EBA: Tensor, expert_R: Tensor) -> Tensor:
     """y_r = w[expert_r] x_r, [R, B], in x's dtype."""
+    if torch.compiler.is_compiling():
+        from kernels import compiled
+
+        return compiled.expert_linear(x_RA, w_EBA, expert_R)
     return linear.expert_linear(x_RA, w_EBA, expert_R)
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """weight * x / sqrt(mean(x^2) + eps) over the last dimension, computed in x's dtype and given in `dtype`."""
-    if x.device.type == "cpu":
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
         return rms_norm_cpu.rms_norm(x, weight_D, eps, dtype)
     return F.rms_norm(x, weight_D.shape, weight_D, eps).to(dtype)
 
@@ -133,16 +152,17 @@ def implementations(
     padded: bool = False,
     masked: bool = False,
     aligned: bool = True,
+    compiled: bool = False,
     scored: tuple[int, int] | None = None,
 ) -> dict[str, str]:
     """Operation to the implementation that runs it on `device` for products in `dtype`; shown on the run page.
 
     `biased`: the experts have biases; `padded`: they run over exactly their capacity; `masked`: some attention is not plainly causal;
-    `aligned`: see `is_aligned`, of the model's and the experts' widths; `scored`: experts and k of a router that takes the k highest scores
-    (others are plain torch).
+    `aligned`: see `is_aligned`, of the model's and the experts' widths; `compiled`: training's blocks go through torch.compile; `scored`: experts
+    and k of a router that takes the k highest scores (others are plain torch).
     """
     kind = torch.device(device).type
-    ours = kind == "cpu"
+    ours = kind == "cpu" and not compiled
     return {
         "expert_ffn": _expert_ffn(kind, dtype, training=True, biased=biased, padded=padded, aligned=aligned),
         "expert_ffn (evaluation)": _expert_ffn(kind, dtype, training=False, biased=biased, padded=padded, aligned=aligned),
@@ -150,4 +170,5 @@ def implementations(
         "attention": "cpu" if ours and dtype == torch.bfloat16 else "sdpa",
         **({"attention (masked)": "blocks"} if masked else {}),
         "rms_norm": "cpu" if ours else "torch",
+        **({"blocks": "torch.compile"} if compiled else {}),
     }

@@ -104,11 +104,6 @@ def top_k(score_TE: Tensor, k: int) -> Tensor:
 
 
 def counts(expert_TK: Tensor, n_experts: int) -> Tensor:
-    """int64[E]: assignments of each expert; slots that hold expert E count nowhere.
-
-    Off the CPU `bincount` would wait for the device, to look for the largest entry.
-    """
+    """int64[E]: assignments of each expert; slots that hold expert E count nowhere. Does not wait for the device, as `torch.bincount` would."""
     expert_R = expert_TK.flatten()
-    if expert_R.device.type == "cpu" and not torch.compiler.is_compiling():
-        return torch.bincount(expert_R, minlength=n_experts + 1)[:n_experts]
     return expert_R.new_zeros(n_experts + 1).scatter_add_(0, expert_R, torch.ones_like(expert_R))[:n_experts]

@@ -31,5 +31,6 @@ class ExpertChoiceRouter(ScoringRouter):
         return Decision(logits_TE, prob_TE, expert_TK.masked_fill(empty_TK, self.n_experts), gate_TK, figures={"unserved_tokens": unserved})
 
     def width(self, taken_TE: Tensor) -> int:
-        """K. Off the CPU it is E: to look for it would wait for the device, and empty slots cost only places in a sort there."""
-        return int(taken_TE.sum(-1).max()) if taken_TE.device.type == "cpu" else self.n_experts
+        """K. Off the CPU, and compiled, it is E: to look for it would wait for the device, and empty slots cost only places in a sort there."""
+        looks = taken_TE.device.type == "cpu" and not torch.compiler.is_compiling()
+        return int(taken_TE.sum(-1).max()) if looks else self.n_experts
