@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
 
 import torch
@@ -21,11 +22,13 @@ def expert_ffn(
     activation: str,
     b_in_EH: Tensor | None = None,
     capacity: int | None = None,
+    lap: Callable[[str], None] | None = None,
 ) -> Tensor:
     """y_t = sum_k gate_tk * FFN_expert_tk(x_t), with products in x's dtype; expert E stands for a dropped assignment.
 
     H is 2F (gate rows first) for gated activations, else F. Differentiable in all but `expert_TK` (int64). With a `capacity`, which no
-    expert may exceed, every expert runs over exactly so many rows.
+    expert may exceed, every expert runs over exactly so many rows. `lap`, if given, is told as each part begins: dispatch, experts, combine;
+    what one kernel does together is experts.
     """
     which = _expert_ffn(
         x_TD.device.type,
@@ -35,17 +38,21 @@ def expert_ffn(
         padded=capacity is not None,
         aligned=is_aligned(*w_out_EDF.shape[1:]),
     )
+    if which == "cpu" and torch.compiler.is_compiling():
+        from kernels import compiled
+
+        return compiled.expert_ffn(x_TD, w_in_EHD, w_out_EDF, expert_TK, gate_TK, activation, b_in_EH)
+    if which == "cpu":
+        return experts_cpu.expert_ffn(x_TD, w_in_EHD, w_out_EDF, expert_TK, gate_TK, activation, b_in_EH, lap)
+    if lap is not None:
+        lap("experts")
     if which == "triton":
         from kernels import experts_triton
 
         return experts_triton.expert_ffn(x_TD, w_in_EHD, w_out_EDF, expert_TK, gate_TK, activation)
     if capacity is not None:
         return experts_padded.expert_ffn(x_TD, w_in_EHD, w_out_EDF, expert_TK, gate_TK, activation, b_in_EH, capacity=capacity)
-    if which == "cpu" and torch.compiler.is_compiling():
-        from kernels import compiled
-
-        return compiled.expert_ffn(x_TD, w_in_EHD, w_out_EDF, expert_TK, gate_TK, activation, b_in_EH)
-    run = {"cpu": experts_cpu.expert_ffn, "grouped_mm": experts_grouped.expert_ffn, "naive": experts_naive.expert_ffn}[which]
+    run = {"grouped_mm": experts_grouped.expert_ffn, "naive": experts_naive.expert_ffn}[which]
     return run(x_TD, w_in_EHD, w_out_EDF, expert_TK, gate_TK, activation, b_in_EH)
 
 

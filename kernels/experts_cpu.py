@@ -55,15 +55,32 @@ _CLAMPED = Pointwise(_clamped_value, _clamped_slope, LIMIT)
 POINTWISE = {"swiglu": _SILU, "geglu": _GELU, "gelu": _GELU, "relu": _RELU, "swiglu_clamped": _CLAMPED}
 
 
+Lap = Callable[[str], None]
+
+
+def _silent(_: str) -> None:
+    """Nobody asks what takes how long."""
+
+
 def expert_ffn(
-    x_TD: Tensor, w_in_EHD: Tensor, w_out_EDF: Tensor, expert_TK: Tensor, gate_TK: Tensor, activation: str, b_in_EH: Tensor | None = None
+    x_TD: Tensor,
+    w_in_EHD: Tensor,
+    w_out_EDF: Tensor,
+    expert_TK: Tensor,
+    gate_TK: Tensor,
+    activation: str,
+    b_in_EH: Tensor | None = None,
+    lap: Lap | None = None,
 ) -> Tensor:
     """As `experts_naive.expert_ffn`. Products are in x's dtype whatever the weights' dtype; weight gradients have the weights'.
 
-    Bit-reproducible for a given number of threads. Raises KeyError for an unknown activation.
+    Bit-reproducible for a given number of threads. `lap` is told when dispatch, experts and combine begin, in both passes: the gather of
+    rows, a piece at a time before its products, is the experts'. Raises KeyError for an unknown activation.
     """
+    lap = lap or _silent
+    lap("dispatch")
     plan = make_plan(expert_TK, w_in_EHD.shape[0], multiple(x_TD.dtype))
-    y_TD: Tensor = _ExpertFfn.apply(x_TD, w_in_EHD, w_out_EDF, gate_TK, b_in_EH, plan, activation)
+    y_TD: Tensor = _ExpertFfn.apply(x_TD, w_in_EHD, w_out_EDF, gate_TK, b_in_EH, plan, activation, lap)
     return y_TD
 
 
@@ -95,9 +112,18 @@ def _pieces(size_E: list[int], most_rows: int) -> list[_Piece]:
 
 
 def forward(
-    x_TD: Tensor, w_in_EHD: Tensor, w_out_EDF: Tensor, gate_TK: Tensor, b_in_EH: Tensor | None, plan: Plan, activation: str, h_RH: Tensor
+    x_TD: Tensor,
+    w_in_EHD: Tensor,
+    w_out_EDF: Tensor,
+    gate_TK: Tensor,
+    b_in_EH: Tensor | None,
+    plan: Plan,
+    activation: str,
+    h_RH: Tensor,
+    lap: Lap = _silent,
 ) -> Tensor:
     """The layer's output; the up-projection's goes into `h_RH`. All of one dtype but the gates and the bias."""
+    lap("experts")
     pieces = _pieces(plan.size_E, PIECE_BYTES // (h_RH.shape[1] * x_TD.element_size()))
     gate_R1, y_RD = _gates(x_TD, gate_TK, plan), _rows(x_TD, plan)
     for piece in pieces:
@@ -108,6 +134,7 @@ def forward(
             _add(b_in_EH[piece.experts], h_NH, piece.sizes)
         act_NF = _activate(POINTWISE[activation], activation in GATED, h_NH).mul_(gate_R1[piece.rows])
         _multiply(act_NF, w_out_EDF[piece.experts].transpose(1, 2), y_RD[piece.rows], piece.sizes)
+    lap("combine")
     return F.embedding_bag(plan.row_TK, y_RD, mode="sum")
 
 
@@ -122,9 +149,19 @@ class Dtypes:
 
 
 def backward(
-    dy_TD: Tensor, x_TD: Tensor, w_in_EHD: Tensor, w_out_EDF: Tensor, gate_TK: Tensor, h_RH: Tensor, plan: Plan, activation: str, dtypes: Dtypes
+    dy_TD: Tensor,
+    x_TD: Tensor,
+    w_in_EHD: Tensor,
+    w_out_EDF: Tensor,
+    gate_TK: Tensor,
+    h_RH: Tensor,
+    plan: Plan,
+    activation: str,
+    dtypes: Dtypes,
+    lap: Lap = _silent,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """The gradients of x, both weights, the gates and the bias, where `h_RH` is what `forward` filled."""
+    lap("experts")
     pieces = _pieces(plan.size_E, PIECE_BYTES // (h_RH.shape[1] * x_TD.element_size()))
     dy_TD, gate_R1 = dy_TD.contiguous(), _gates(x_TD, gate_TK, plan)
     dx_RD, dgate_R = _rows(x_TD, plan), x_TD.new_empty(plan.n_rows)
@@ -141,6 +178,7 @@ def backward(
             _sum_rows(dh_NH, db_in_EH[piece.experts], piece.sizes)
         _multiply_rows(dh_NH, x_TD.index_select(0, token_N), dw_in_EHD[piece.experts], piece.sizes)
         _multiply_rows(dy_ND, act_NF, dw_out_EDF[piece.experts], piece.sizes)
+    lap("dispatch")
     dgate_TK = torch.zeros(plan.row_TK.shape, dtype=dtypes.gate)
     dgate_TK.view(-1)[plan.slot_N] = dgate_R[plan.kept_N].to(dtypes.gate)
     return F.embedding_bag(plan.row_TK, dx_RD, mode="sum"), dw_in_EHD, dw_out_EDF, dgate_TK, db_in_EH
@@ -149,20 +187,28 @@ def backward(
 class _ExpertFfn(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, w_in_EHD: Tensor, w_out_EDF: Tensor, gate_TK: Tensor, b_in_EH: Tensor | None, plan: Plan, activation: str
+        ctx: Any,
+        x_TD: Tensor,
+        w_in_EHD: Tensor,
+        w_out_EDF: Tensor,
+        gate_TK: Tensor,
+        b_in_EH: Tensor | None,
+        plan: Plan,
+        activation: str,
+        lap: Lap,
     ) -> Tensor:
         ctx.dtypes = Dtypes(w_in_EHD.dtype, w_out_EDF.dtype, gate_TK.dtype, None if b_in_EH is None else b_in_EH.dtype)
-        ctx.plan, ctx.activation = plan, activation
+        ctx.plan, ctx.activation, ctx.lap = plan, activation, lap
         w_in_EHD, w_out_EDF = w_in_EHD.to(x_TD.dtype), w_out_EDF.to(x_TD.dtype)
         h_RH = x_TD.new_empty(plan.n_rows, w_in_EHD.shape[1])
-        y_TD = forward(x_TD, w_in_EHD, w_out_EDF, gate_TK, b_in_EH, plan, activation, h_RH)
+        y_TD = forward(x_TD, w_in_EHD, w_out_EDF, gate_TK, b_in_EH, plan, activation, h_RH, lap)
         ctx.save_for_backward(x_TD, w_in_EHD, w_out_EDF, gate_TK, h_RH)
         return y_TD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
-        return *backward(dy_TD, *ctx.saved_tensors, ctx.plan, ctx.activation, ctx.dtypes), None, None
+        return *backward(dy_TD, *ctx.saved_tensors, ctx.plan, ctx.activation, ctx.dtypes, ctx.lap), None, None, None
 
 
 def _gates(x_TD: Tensor, gate_TK: Tensor, plan: Plan) -> Tensor:

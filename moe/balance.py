@@ -91,9 +91,15 @@ def communication_aux(prob_TE: Tensor, expert_TK: Tensor, n_devices: int, most: 
 
 
 def devices_per_token(router: Router, top_k: int, n_devices: int) -> int:
-    """M of communication_aux: the groups that a token may choose from where groups are the devices, else what k experts can reach."""
-    limited = router.top_groups < router.n_groups == n_devices
-    return min(top_k, router.top_groups if limited else n_devices)
+    """M of communication_aux: the devices that k experts can reach, within the groups that a token may choose from where these lie on whole
+    devices, or devices hold whole groups.
+    """
+    groups, kept = router.n_groups, router.top_groups
+    if kept < groups and n_devices % groups == 0:
+        return min(top_k, kept * (n_devices // groups))
+    if kept < groups and groups % n_devices == 0:
+        return min(top_k, kept, n_devices)
+    return min(top_k, n_devices)
 
 
 def sequence_aux(prob_TE: Tensor, expert_TK: Tensor, batch: int) -> Tensor:

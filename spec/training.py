@@ -72,6 +72,7 @@ class Parallel(Part):
         "Shard the weights that are not experts', their gradients and moments over all ranks (FSDP2); a layer's are whole only while it runs.",
     )
     device: Literal["auto", "cpu", "cuda"] = field("auto", "Where it runs; auto takes a CUDA device where the worker has one.")
+    overlap: bool = field(True, "Run shared experts while tokens travel between the ranks that hold the routed ones; the numbers are the same.")
     threads: int = field(0, "CPU threads per rank; 0 leaves it to the worker.", ge=0, le=1024, unit="threads")
 
     @property
@@ -89,5 +90,22 @@ class Telemetry(Part):
     probe_batch: bool = field(
         True, "Measure at each validation how far a sequence's logits depend on what shares its batch: 0 without dropping and expert choice."
     )
+    phases_every: int = field(
+        10,
+        "Steps between samples of where a step's time goes: router, dispatch, experts, communication, waiting and so on, forward and backward; "
+        "rounded up to reported steps, 0 for never.",
+        ge=0,
+        le=1_000_000,
+        unit="steps",
+    )
     spike_window: int = field(64, "Losses before a step that its loss is judged against.", ge=8, le=10_000, unit="steps")
     spike_threshold: float = field(6.0, "A spike lies this many robust deviations (1.4826 MAD) above the window's median.", gt=0, le=1000)
+
+    @property
+    def sample_steps(self) -> int:
+        """Steps between samples: `phases_every`, rounded up to a multiple of `every`; 0 for never."""
+        return -(-self.phases_every // self.every) * self.every
+
+    def sampled(self, step: int) -> bool:
+        """Whether the parts of this step are timed."""
+        return bool(self.sample_steps) and step % self.sample_steps == 0

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moe.laps import Laps
 from moe.model import Transformer, build_model
 from moe.routing import RoutingStats
 from moe.train import reading, sharded, telemetry
@@ -36,13 +37,14 @@ from spec.experiment import ExperimentSpec
 
 @dataclass(frozen=True)
 class Lesson:
-    """A step that was made. `figures` are over all ranks; `phase_ms` is float32[R, phases]."""
+    """A step that was made. `figures` are over all ranks; `phase_ms` is float32[R, phases]; `sample` is of a sampled step."""
 
     step: int
     figures: telemetry.Step
     rate: float
     seconds: float
     phase_ms: NDArray[np.float32]
+    sample: telemetry.Sample | None = None
 
 
 @dataclass(frozen=True)
@@ -125,13 +127,14 @@ class Learner:
         now = time.perf_counter()
         seconds = now - max(made.started, self._told)  # of steps that were made before the last one was told: from its end
         self._told = now
-        return Lesson(made.step, figures, made.rate, seconds, self._phases(made.clock))
+        return Lesson(made.step, figures, made.rate, seconds, self._phases(made.clock), self._sample(made.clock))
 
     def learn(self, step: int, rate: float) -> tuple[Tensor, Tensor, Tensor, RoutingStats | None, Tensor | None]:
         """The step itself; this rank's mean losses, the gradient norm, the routing statistics and the extra predictions' loss, on the device."""
-        self._clock = PhaseClock(telemetry.PHASES, self.ranks.device)
+        sampled = self.spec.telemetry.sampled(step) and not self.spec.training.compile  # a clock would break the graphs
+        self._clock = PhaseClock(telemetry.PHASES, self.ranks.device, Laps(self.ranks.device) if sampled else None)
         lm_loss, balance_loss, stats, mtp_loss = self._forward_backward(step)
-        sharded.average_gradients(self.optimizer.parameters, self.ranks.size, self.ranks.mesh)
+        sharded.average_gradients(self.optimizer.parameters, self.ranks.size, self.ranks.mesh, self._clock.laps)
         self._clock.mark("reduce")
         grad_norm = self.optimizer.clip(self.spec.optimizer.grad_clip)
         self.optimizer.step(rate)
@@ -150,7 +153,7 @@ class Learner:
                 sharded.reduce_in_backward(self.model, wanted=micro == micros - 1)
             self._clock.mark("data")
             with self.autocast():
-                output = self.model(tokens_BS, targets_BS, self.batches.documents(tokens_BS))
+                output = self.model(tokens_BS, targets_BS, self.batches.documents(tokens_BS), laps=self._clock.laps)
             self._clock.mark("forward")
             loss = output.lm_loss + output.balance_loss
             if output.mtp_loss is not None:
@@ -180,6 +183,13 @@ class Learner:
     def close(self) -> None:
         """Ends what runs beside the learner."""
         self._loader.close()
+
+    def _sample(self, clock: PhaseClock) -> telemetry.Sample | None:
+        laps = clock.laps
+        if laps is None:
+            return None
+        own = torch.tensor([*laps.milliseconds().flatten(), laps.sent_bytes], dtype=torch.float32)
+        return telemetry.Sample.over_ranks(self.ranks.gather(own).numpy(), routed=self.ranks.mesh is not None)
 
     # ----- state
 

@@ -79,14 +79,14 @@ class Training:
         """Makes the remaining steps. Raises Stopped after SIGTERM, NotFinite at a NaN, DiskFull, and whatever torch raises."""
         steps = self.spec.training.steps
         self._record_start()
-        if self.position.step and self._validation_due():
-            self._validate()  # The checkpoint was made by a stop in the middle of the validation that belongs to its step.
+        if self.position.step and self._validation_due() and not self._validate():
+            self._stop()  # The checkpoint was made by a stop in the middle of the validation that belongs to its step, and so is this one.
         while self.position.step < steps:
             if self.requests.stop and self.ranks.size == 1:
                 self._stop()
             self.train_step()
-            if self._validation_due():
-                self._validate()
+            if self._validation_due() and not self._validate():
+                self._stop()  # Every rank knows: another step would leave this one's validation out for ever.
             if self.position.step < steps:
                 self._save_if_due()
                 if self._stop_asked:
@@ -305,7 +305,8 @@ class Training:
             if names := self._reporter.declare(figures):
                 self._journal.record(events.MetricsDeclared(names=names))
             scalars = self._reporter.scalars(figures, lesson.rate, tokens, lesson.seconds)
-            self._journal.record(events.StepDone(step, time.time(), scalars, self._reporter.tensors(figures, lesson.phase_ms)))
+            sampled = lesson.sample.tensors() if lesson.sample is not None else {}
+            self._journal.record(events.StepDone(step, time.time(), scalars, self._reporter.tensors(figures, lesson.phase_ms) | sampled))
         smoothing = 0.1 if self._seconds_per_step else 1.0
         self._seconds_per_step += smoothing * (lesson.seconds - self._seconds_per_step)
         speed, router = self._reporter.speed(tokens / self._seconds_per_step), ""

@@ -84,7 +84,7 @@ def join(parallel: Parallel) -> Ranks:
             world_size=size,
             timeout=timedelta(seconds=float(os.environ.get("MOELAB_COLLECTIVE_TIMEOUT_S", "300"))),
         )
-    mesh = Mesh.of(parallel.data, parallel.expert) if parallel.expert > 1 else None
+    mesh = Mesh.of(parallel.data, parallel.expert, overlap=parallel.overlap) if parallel.expert > 1 else None
     return Ranks(rank, size, device, mesh, shard=parallel.shard and size > 1)
 
 

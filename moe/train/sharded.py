@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from moe.laps import Laps, together
 from moe.model import Transformer
 from moe.parallel import Mesh
 
@@ -95,8 +96,8 @@ def _own(name: str, tensor: Tensor, held: Tensor | None, mesh: Mesh | None) -> T
 
 
 @torch.no_grad()
-def average_gradients(parameters: Mapping[str, nn.Parameter], size: int, mesh: Mesh | None) -> None:
-    """Replaces each gradient by its mean over the `size` ranks' parts of the batch. Those of shards are that already.
+def average_gradients(parameters: Mapping[str, nn.Parameter], size: int, mesh: Mesh | None, laps: Laps | None = None) -> None:
+    """Replaces each gradient by its mean over the `size` ranks' parts of the batch. Those of shards are that already. `laps` time a sampled step.
 
     Experts have theirs from the tokens of all ranks that share them already, as a sum: they lack those of their replicas.
     """
@@ -105,11 +106,11 @@ def average_gradients(parameters: Mapping[str, nn.Parameter], size: int, mesh: M
     parameters = {name: parameter for name, parameter in parameters.items() if not is_shard(parameter)}
     sharded = [parameter for name, parameter in parameters.items() if mesh is not None and is_sharded(name)]
     if mesh is not None and sharded:
-        _sum_over(sharded, mesh.replicas if mesh.data > 1 else None, size, alone=mesh.data == 1)
-    _sum_over([parameter for name, parameter in parameters.items() if mesh is None or not is_sharded(name)], None, size, alone=False)
+        _sum_over(sharded, mesh.replicas if mesh.data > 1 else None, size, laps, alone=mesh.data == 1)
+    _sum_over([parameter for name, parameter in parameters.items() if mesh is None or not is_sharded(name)], None, size, laps, alone=False)
 
 
-def _sum_over(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup | None, size: int, *, alone: bool) -> None:
+def _sum_over(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup | None, size: int, laps: Laps | None, *, alone: bool) -> None:
     """One reduction of one flat buffer, divided by `size`; `alone` where no other rank has a part of it."""
     parameters = list(parameters)
     if not parameters:  # all that is trained lies on the other side
@@ -117,7 +118,8 @@ def _sum_over(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup | Non
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     if not alone:
-        dist.all_reduce(flat, group=group)
+        with together(laps, group):
+            dist.all_reduce(flat, group=group)
     flat /= size
     means = torch.split_with_sizes(flat, [gradient.numel() for gradient in gradients])
     for parameter, mean in zip(parameters, means, strict=True):

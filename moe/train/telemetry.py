@@ -18,6 +18,8 @@ from torch import Tensor
 
 from moe.routing import RoutingStats
 from moe.train.ranks import Ranks
+from spec.accounting.limits import MAX_ROUTING_CELLS
+from spec.events import PARTS, PASSES
 from spec.peak import peak_flop_per_s
 
 Host = Mapping[str, NDArray[Any]]
@@ -80,8 +82,8 @@ def step_parts(
         }
         if stats.attention_tokens_LE is not None:
             parts["attention_tokens"] = stats.attention_tokens_LE
-        if stats.sent_P is not None:
-            parts["sent"] = stats.sent_P
+        if stats.sent_LP is not None:
+            parts["sent"] = stats.sent_LP
     if bias_LE is not None:
         parts["expert_bias"] = bias_LE
     return parts
@@ -106,7 +108,7 @@ class Step:
     mtp_loss: float | None = None  # weighted; where the model predicts further ahead
     attention_LE: NDArray[np.uint32] | None = None  # tokens of attention experts
     figures: Mapping[str, float] = field(default_factory=dict)  # by the name of the scalar
-    traffic_RR: NDArray[np.uint32] | None = None  # rows that rank i sent to rank j, over all layers; where experts are shared out
+    traffic_LRR: NDArray[np.uint32] | None = None  # rows that rank i sent to rank j in each layer, where experts are shared out
 
     @property
     def loss(self) -> float:
@@ -137,7 +139,7 @@ class Step:
             bias_LE=host["expert_bias"][0] if "expert_bias" in host else None,
             max_logit=float(host["max_logit"].max()),
             figures={name: float(array.mean(dtype=np.float64)) for name, array in host.items() if name.startswith(FIGURE)},
-            traffic_RR=_traffic(host["sent"]) if "sent" in host else None,
+            traffic_LRR=_traffic(host["sent"]) if "sent" in host else None,
         ).with_attention(host)
 
     def with_attention(self, host: Host) -> Step:
@@ -149,14 +151,31 @@ class Step:
         return replace(self, attention_LE=tokens_LE, figures={**self.figures, **{FIGURE + name: value for name, value in found.items()}})
 
 
-def _traffic(sent_RP: NDArray[np.int32]) -> NDArray[np.uint32]:
-    """From what each rank sent to the shards of its replica: rank r is shard r % P of replica r // P."""
-    ranks, shards = sent_RP.shape
-    traffic_RR = np.zeros((ranks, ranks), np.uint32)
-    for rank, sent_P in enumerate(sent_RP):
+@dataclass(frozen=True)
+class Sample:
+    """Where a sampled step's time went on each rank, float32[R, part, pass] milliseconds, and the bytes of rows it sent to others, float32[R]."""
+
+    part_ms: NDArray[np.float32]
+    sent_bytes: NDArray[np.float32] | None
+
+    @classmethod
+    def over_ranks(cls, rows: NDArray[np.float32], *, routed: bool) -> Sample:
+        """From the gathered rows: the parts, then the bytes, which there are where tokens are `routed` between ranks."""
+        return cls(rows[:, :-1].reshape(len(rows), len(PARTS), len(PASSES)), rows[:, -1] if routed else None)
+
+    def tensors(self) -> dict[str, NDArray[Any]]:
+        """By their names in spec.events.TENSORS."""
+        return {"part_ms": self.part_ms} | ({} if self.sent_bytes is None else {"sent_bytes": self.sent_bytes})
+
+
+def _traffic(sent_RLP: NDArray[np.int32]) -> NDArray[np.uint32]:
+    """[L, R, R] from what each rank sent to the shards of its replica: rank r is shard r % P of replica r // P."""
+    ranks, layers, shards = sent_RLP.shape
+    traffic_LRR = np.zeros((layers, ranks, ranks), np.uint32)
+    for rank, sent_LP in enumerate(sent_RLP):
         first = rank // shards * shards
-        traffic_RR[rank, first : first + shards] = sent_P
-    return traffic_RR
+        traffic_LRR[:, rank, first : first + shards] = sent_LP
+    return traffic_LRR
 
 
 def max_vio(tokens_LE: NDArray[Any]) -> NDArray[np.float64]:
@@ -253,8 +272,10 @@ class Reporter:
         if self._router_prob:
             tensors["router_prob"] = step.prob_LE
         tensors |= {"dropped": step.dropped_LE, "expert_bias": step.bias_LE, "phase_ms": phase_ms}
-        if step.traffic_RR is not None:
-            tensors["rank_tokens"] = step.traffic_RR
+        if step.traffic_LRR is not None and step.traffic_LRR.size <= MAX_ROUTING_CELLS:
+            tensors["rank_traffic"] = step.traffic_LRR
+        elif step.traffic_LRR is not None:
+            tensors["rank_tokens"] = step.traffic_LRR.sum(axis=0, dtype=np.uint32)
         if len(self._coefficients_N):
             tensors["balance_loss"] = step.balance_LN
         tensors |= {"router_entropy": step.entropy_L, "attention_tokens": step.attention_LE}

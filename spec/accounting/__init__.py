@@ -18,7 +18,8 @@ Bytes        on one device: weights and gradients float32, AdamW's two moments f
              and the embeddings, which are whole meanwhile and not counted); what training.train leaves out has neither gradient nor moments.
              `activations` is an estimate, see `memory.activation_bytes`. `checkpoint` is the whole file set: weights and moments.
 All-to-all   each of the top_k copies of a token crosses with probability (ranks - 1) / ranks, out and back, in the
-             forward and in the backward pass, at the width of the residual stream in the arithmetic's precision.
+             forward and in the backward pass (and once more where activations are recomputed), at the width of the residual
+             stream in the arithmetic's precision.
 """
 
 from spec.accounting.count import PARTS

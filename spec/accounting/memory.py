@@ -51,11 +51,15 @@ def _attention_width(model: Model) -> int:
 
 
 def all_to_all_bytes(spec: ExperimentSpec) -> int:
-    """Bytes that leave a device per token and step: dispatch and combine, forward and backward, in all MoE layers."""
+    """Bytes that leave a device per token and step: dispatch and combine, forward and backward, in all MoE layers.
+
+    With activation_recompute the backward pass sends the forward's rows again.
+    """
     ranks = spec.parallel.expert
     if spec.model.moe is None:
         return 0
-    crossings = 4 * spec.model.moe.top_k * (n_moe_layers(spec.model) + n_mtp_moe_layers(spec.model))
+    passes = 6 if spec.training.activation_recompute else 4
+    crossings = passes * spec.model.moe.top_k * (n_moe_layers(spec.model) + n_mtp_moe_layers(spec.model))
     return crossings * spec.model.d_model * spec.training.product_bytes * (ranks - 1) // ranks
 
 

@@ -111,7 +111,9 @@ def test_the_devices_that_a_token_may_go_to_are_its_groups():
     limited = Router(kind="softmax_topk", n_groups=4, top_groups=3)
     assert balance.devices_per_token(limited, 6, 4) == 3
     assert balance.devices_per_token(limited, 2, 4) == 2  # two experts reach two devices at most
-    assert balance.devices_per_token(limited, 6, 8) == 6  # its groups are no devices
+    assert balance.devices_per_token(limited, 16, 8) == 6  # a group lies on two devices
+    assert balance.devices_per_token(limited, 16, 2) == 2  # a device holds two groups
+    assert balance.devices_per_token(limited, 16, 6) == 6  # its groups are no devices
     assert balance.devices_per_token(Router(), 6, 4) == 4
 
 
