@@ -1,7 +1,8 @@
 """What needs a CUDA device, in one call under ten minutes: `make gpu` or `python -m benchmarks.gpu`. Prints one JSON object.
 
-Numerics of every Triton operation against float64, determinism over 40 repeats, and `benchmarks.kernels`. Needs torch, triton and
-numpy alone. The figures also go to benchmarks/results/gpu-DATE-DEVICE.json. Exit code 1 where a check fails, 3 without a device.
+Numerics of every Triton operation against float64, determinism over 40 repeats, `benchmarks.kernels` and `benchmarks.train_gpu`. Needs
+torch, triton and numpy alone, but for the last, which wants moelab with its extra `train`, and transformers.
+The figures also go to benchmarks/results/gpu-DATE-DEVICE.json. Exit code 1 where a check fails, 3 without a device.
 """
 
 # ruff: noqa: N806 - names of tensors carry their shape
@@ -125,6 +126,15 @@ def determinism(device: str = "cuda") -> tuple[dict[str, int], list[str]]:
     return equal, [f"{name}: {count} of {REPEATS} repeats gave the same bits" for name, count in equal.items() if count < REPEATS]
 
 
+def training() -> dict[str, Any]:
+    """A whole training step against transformers (benchmarks.train_gpu), where its packages are installed."""
+    try:
+        from benchmarks import train_gpu
+    except ImportError as error:
+        return {"skipped": str(error)}
+    return train_gpu.benchmark()
+
+
 def versions() -> dict[str, Any]:
     """What the figures depend on: device, driver, torch and triton."""
     import triton
@@ -154,7 +164,7 @@ def check() -> int:
         print(line, file=sys.stderr)
     date = time.strftime("%Y-%m-%d", time.gmtime())
     figures = {"date": date, "versions": versions(), "failures": failures, "errors": errors, "repeats": REPEATS, "equal_repeats": equal}
-    figures |= {"benchmark": benchmark(), "seconds": round(time.monotonic() - started, 1)}
+    figures |= {"benchmark": benchmark(), "training": training(), "seconds": round(time.monotonic() - started, 1)}
     RESULTS.mkdir(exist_ok=True)
     device = re.sub(r"\W+", "-", torch.cuda.get_device_name()).strip("-").lower()
     (RESULTS / f"gpu-{date}-{device}.json").write_text(json.dumps(figures, indent=1) + "\n")

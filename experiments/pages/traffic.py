@@ -23,9 +23,11 @@ def expected_traffic(spec: Mapping[str, Any]) -> dict[str, int]:
     if described.parallel.expert == 1 or described.model.moe is None:
         return {"row_bytes": 0, "step_bytes": 0}
     passes = 6 if described.training.activation_recompute else 4
-    width = 4 if described.training.precision == "float32" else 2
     cost = price(described)
-    return {"row_bytes": passes * width * described.model.d_model, "step_bytes": cost.all_to_all_bytes_per_token * cost.tokens_per_step}
+    return {
+        "row_bytes": passes * described.training.product_bytes * described.model.d_model,
+        "step_bytes": cost.all_to_all_bytes_per_token * cost.tokens_per_step,
+    }
 
 
 def sample_steps(spec: Mapping[str, Any]) -> int:

@@ -16,13 +16,10 @@ class PhaseClock:
     `laps` tell a sampled step into finer parts; None at the others.
     """
 
-    def __init__(self, phases: tuple[str, ...], device: torch.device) -> None:
+    def __init__(self, phases: tuple[str, ...], device: torch.device, laps: Laps | None = None) -> None:
+        """Begins a step."""
         self._phases = phases
         self._cuda = device.type == "cuda"
-        self.start()
-
-    def start(self, laps: Laps | None = None) -> None:
-        """Begins a step."""
         self.laps = laps
         self._marks: list[tuple[str, Stamp]] = [("", stamp(cuda=self._cuda))]
 
@@ -34,7 +31,7 @@ class PhaseClock:
             self.laps.mark(_NEXT[phase])
 
     def milliseconds(self) -> list[float]:
-        """Time of each phase since `start`, in the order of the phases."""
+        """Time of each phase since the beginning, in the order of the phases."""
         total = dict.fromkeys(self._phases, 0.0)
         for (_, begin), (phase, end) in zip(self._marks, self._marks[1:], strict=False):
             total[phase] += milliseconds_between(begin, end)

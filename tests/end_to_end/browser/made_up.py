@@ -31,7 +31,7 @@ from spec.events import (
     encode,
 )
 
-NAMES = ["loss", "lm_loss", "balance/switch_aux", "grad_norm", "lr", "tokens_per_s", "step_ms"]
+NAMES = ["loss", "lm_loss", "balance/switch_aux", "grad_norm", "lr", "tokens_per_s", "step_ms", "tflop_per_s", "mfu"]
 NAMES += ["max_vio", "load_cv", "router_entropy", "dead_experts", "dropped_share"]
 TOKENS = 2048
 SPIKE_AT = 0.62
@@ -93,6 +93,8 @@ class MadeUpRun:
         vio = ratio.max(1) - 1
         scalars = [loss + 0.02, loss, 0.01 * float(vio.mean()), 0.6 + 2 * np.exp(-8 * at) + self.random.gamma(2, 0.05)]
         scalars += [3e-3 * min(1, step / 20) * (0.55 + 0.45 * np.cos(np.pi * at)), 21_000 + self.random.normal(0, 600), 97 + self.random.normal(0, 3)]
+        tflop_per_s = 415 + self.random.normal(0, 6)
+        scalars += [tflop_per_s, tflop_per_s / 989]
         scalars += [vio.mean(), ratio.std(1).mean(), entropy.mean(), (tokens == 0).sum(), dropped.sum() / tokens.sum()]
         tensors = {"expert_tokens": tokens, "router_prob": prob.astype(np.float32), "dropped": dropped, "router_entropy": entropy.astype(np.float32)}
         tensors["balance_loss"] = (ratio * prob).sum(1, keepdims=True).astype(np.float32)

@@ -147,7 +147,7 @@ def test_two_ranks_make_the_run_of_one(tmp_path: Path) -> None:
 
 
 def test_all_ranks_stop_when_one_is_asked(tmp_path: Path) -> None:
-    spec = tiny(training={"steps": 100_000, "eval_every": 0, "checkpoint_every": 0}, parallel={"data": 2})
+    spec = tiny(training={"steps": 100_000, "eval_every": 0, "checkpoint_every": 0}, parallel={"data": 2, "shard": True})
     store = str(tmp_path / "rendezvous")
     ranks = [start(spec, tmp_path, RANK=str(rank), WORLD_SIZE="2", MOELAB_RENDEZVOUS=store) for rank in (0, 1)]
     wait_until(lambda: (tmp_path / "attempts/0/events.spool").exists() and len(steps(tmp_path)) > 3)
