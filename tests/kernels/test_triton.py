@@ -13,13 +13,13 @@ pytest.importorskip("triton")
 import triton.language as tl
 from triton.runtime import interpreter
 
-from kernels import experts_naive, experts_triton, grouped_gemm_naive
+from kernels import blocks, experts_naive, experts_triton, grouped_gemm_naive
 from kernels.activation import GATED
 from kernels.combine_triton import combine
-from kernels.grouped_gemm_triton import Blocks, grouped_gemm, make_tiles
+from kernels.grouped_gemm_triton import grouped_gemm, make_tiles
 from tests.kernels.routing import KINDS, choose
 
-SMALL = Blocks(rows=16, outer=16, inner=16, warps=4, stages=1)
+SMALL = blocks.SMALL.up
 SHAPES = [(37, 3, 6, 20, 24), (1, 1, 4, 16, 16), (16, 2, 3, 33, 17)]  # T, K, E, A, B
 
 
@@ -136,7 +136,8 @@ def test_output_and_gradients_equal_the_loop(kind, activation, dtype, most):
 
 
 def test_the_operation_is_registered_as_torch_asks():
-    given = (*layer("swiglu", torch.float32, "dropped"), True)
+    x, w_in, w_out, expert, gate, activation = layer("swiglu", torch.float32, "dropped")
+    given = (x, w_in, w_out, expert, gate, None, activation, 66, True)
     torch.library.opcheck(experts_triton._expert_ffn, given, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
 
 
@@ -158,6 +159,6 @@ def test_only_input_and_hidden_layer_are_kept():
 
 def test_evaluation_keeps_nothing():
     with torch.no_grad():
-        given = layer("swiglu", torch.float32, "dropped")
-        _, h = experts_triton._expert_ffn(*given, False)
+        x, w_in, w_out, expert, gate, activation = layer("swiglu", torch.float32, "dropped")
+        _, h = experts_triton._expert_ffn(x, w_in, w_out, expert, gate, None, activation, 66, False)
     assert h.shape == (0, 46)
