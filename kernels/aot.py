@@ -65,21 +65,22 @@ def product(
     """A grouped product; `last`: the weights' inner dimension is their contiguous one."""
     constants = {
         "GATHER": gather, "ACTIVATION": activation, "IS_GATED": activation in GATED, "BIASED": biased, "KEEP": keep, "EVEN": even, "PRECISION": "tf32",
-        "ROWS_BY_TMA": tma and not gather, "WEIGHTS_BY_TMA": tma, "OUT_BY_TMA": tma, "INNER_LAST": last, "stride_wa" if last else "stride_wb": 1,
+        "ROWS_BY_TMA": tma and not gather, "WEIGHTS_BY_TMA": tma, "OUT_BY_TMA": tma and activation == "none", "INNER_LAST": last, "stride_wa" if last else "stride_wb": 1,
         "BLOCK_ROWS": blocks.rows, "BLOCK_OUTER": blocks.outer, "BLOCK_INNER": blocks.inner, "GROUP": blocks.group,
     }  # fmt: skip
     constants |= {} if keep else {"kept": None}
     constants |= {} if biased else {"bias": None}
-    descriptors = {"w": [1, blocks.outer, blocks.inner] if last else [1, blocks.inner, blocks.outer], "out_tma": [blocks.rows, blocks.outer]}
+    descriptors = {"w": [1, blocks.outer, blocks.inner] if last else [1, blocks.inner, blocks.outer]}
     descriptors |= {} if gather else {"a": [blocks.rows, blocks.inner]}
+    descriptors |= {"out_tma": [blocks.rows, blocks.outer]} if activation == "none" else {}
     return Work(source(_grouped_gemm, dtype, constants, descriptors if tma else None), blocks, True, tma, gather)
 
 
 def hidden_gradient(dtype: str, blocks: Blocks, *, tma: bool, even: bool, activation: str) -> Work:
     """The gradient at the hidden layer."""
     constants = {
-        "ACTIVATION": activation, "IS_GATED": activation in GATED, "EVEN": even, "PRECISION": "tf32", "WEIGHTS_BY_TMA": tma, "stride_wb": 1,
-        "BLOCK_ROWS": blocks.rows, "BLOCK_OUTER": blocks.outer, "BLOCK_INNER": blocks.inner, "GROUP": blocks.group,
+        "ACTIVATION": activation, "IS_GATED": activation in GATED, "EVEN": even, "EVEN_INNER": even, "PRECISION": "tf32", "WEIGHTS_BY_TMA": tma,
+        "stride_wb": 1,        "BLOCK_ROWS": blocks.rows, "BLOCK_OUTER": blocks.outer, "BLOCK_INNER": blocks.inner, "GROUP": blocks.group,
     }  # fmt: skip
     return Work(source(_hidden_gradient, dtype, constants, {"w": [1, blocks.inner, blocks.outer]} if tma else None), blocks, True, tma, True)
 
@@ -97,39 +98,49 @@ def weight_gradient(dtype: str, blocks: Blocks, *, tma: bool, even: bool, gather
     )
 
 
-def layer(dtype: str, blocks: LayerBlocks, *, tma: bool, even: bool = True, gated: bool = True) -> dict[str, Work]:
+def layer(
+    dtype: str, blocks: LayerBlocks, activation: str, *, tma: bool, even: bool = True, keep: bool = True, biased: bool = False
+) -> Iterator[tuple[str, Work]]:
     """Every product of a layer, forward and backward."""
     given: dict[str, Any] = {"tma": tma, "even": even}
-    activation, clamped = ("swiglu", "swiglu_clamped") if gated else ("relu", "gelu")
-    return {
-        "up": product(dtype, blocks.up, gather=True, activation=activation, **given),
-        "up, kept": product(dtype, blocks.up, gather=True, activation=activation, keep=True, **given),
-        f"up {clamped}, biased, kept": product(dtype, blocks.up, gather=True, activation=clamped, keep=True, biased=True, **given),
-        "down": product(dtype, blocks.down, gather=False, **given),
-        "input_gradient": product(dtype, blocks.input, gather=False, last=False, **given),
-        "hidden_gradient": hidden_gradient(dtype, blocks.hidden, activation=activation, **given),
-        f"hidden_gradient {clamped}": hidden_gradient(dtype, blocks.hidden, activation=clamped, **given),
-        "weight_gradient in": weight_gradient(dtype, blocks.weight_in, gather="right", **given),
-        "weight_gradient out": weight_gradient(dtype, blocks.weight_out, gather="left", **given),
-    }
+    yield "up", product(dtype, blocks.up, gather=True, activation=activation, keep=keep, biased=biased, **given)
+    yield "down", product(dtype, blocks.down, gather=False, **given)
+    yield "input_gradient", product(dtype, blocks.input, gather=False, last=False, **given)
+    yield "hidden_gradient", hidden_gradient(dtype, blocks.hidden, activation=activation, **given)
+    yield "weight_gradient in", weight_gradient(dtype, blocks.weight_in, gather="right", **given)
+    yield "weight_gradient out", weight_gradient(dtype, blocks.weight_out, gather="left", **given)
+
+
+# What the layer is compiled as, the type, the activation, with biases, the width of both sides, without descriptors, and which of the products.
+LAYERS: tuple[tuple[str, str, str, bool, int, bool, tuple[str, ...]], ...] = (
+    ("", "bfloat16", "swiglu", False, 2048, False, ("up", "down", "input_gradient", "hidden_gradient", "weight_gradient in", "weight_gradient out")),
+    (" geglu, biased", "bfloat16", "geglu", True, 2048, False, ("up", "hidden_gradient")),
+    (" gelu, biased", "bfloat16", "gelu", True, 2048, False, ("up", "hidden_gradient")),
+    (" odd", "bfloat16", "geglu", True, 1912, False, ("up", "hidden_gradient", "weight_gradient in")),
+    (" by pointers", "bfloat16", "geglu", True, 1911, True, ("up", "input_gradient", "hidden_gradient", "weight_gradient out")),
+    (" float16", "float16", "swiglu", False, 2048, False, ("up", "hidden_gradient")),
+    (" float32", "float32", "geglu", True, 2048, False, ("up", "down", "input_gradient", "hidden_gradient", "weight_gradient in", "weight_gradient out")),
+)
 
 
 def works(capability: int) -> Iterator[tuple[str, Work]]:
-    """All that is compiled for one device: the layer with the usual tiles in both types, with sizes that no descriptor takes, and the measured tiles."""
-    generation, tma = capability // 10, capability >= 90
+    """All that is compiled for one device: LAYERS with the usual tiles, evaluation (which keeps nothing), and the layers of the measured tiles."""
     yield "combine", Work(combine_source("bf16"))
     yield "row_sum", Work(source(_row_sum, "bf16", {"BLOCK_ROWS": 32, "BLOCK": 128}))
-    for name in ("bfloat16", "float32"):
+    for suffix, name, activation, biased, width, pointers, wanted in LAYERS:
         dtype, element_bytes = TYPES[name]
-        for gated, width in ((True, 2048), (False, 2048), (True, 1920)):
-            blocks = usual_layer_blocks(generation, element_bytes, gated=gated, width=width, expert_width=width)
-            suffix = ("" if name == "bfloat16" else " float32") + ("" if gated else " ungated") + ("" if width == 2048 else ", odd")
-            for kernel, work in layer(dtype, blocks, tma=tma and width == 2048, even=width == 2048, gated=gated).items():
+        blocks = usual_layer_blocks(capability // 10, element_bytes, gated=activation in GATED, width=width, expert_width=width)
+        tma = capability >= 90 and not pointers
+        for kernel, work in layer(dtype, blocks, activation, tma=tma, even=width == 2048, biased=biased):
+            if kernel in wanted:
                 yield kernel + suffix, work
+        if not suffix:
+            yield "up, evaluation", next(layer(dtype, blocks, activation, tma=tma, keep=False))[1]
     for case, blocks, entry in tuned():
         if entry["capability"] == capability:
             even = all(width % 128 == 0 for width in (case.width, case.expert_width))
-            for kernel, work in layer(TYPES[case.dtype][0], blocks, tma=tma, even=even, gated=case.gated).items():
+            activation = "swiglu" if case.gated else "gelu"
+            for kernel, work in layer(TYPES[case.dtype][0], blocks, activation, tma=capability >= 90, even=even):
                 yield f"{kernel}, {tuple(case)}", work
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 
 import torch
@@ -10,6 +11,11 @@ from torch import Tensor
 
 from kernels import attention_cpu, attention_masked, experts_cpu, experts_grouped, experts_naive, experts_padded, rms_norm_cpu
 from kernels import expert_linear as linear
+
+
+HAS_TRITON = find_spec("triton") is not None
+WANTED = os.environ.get("MOELAB_EXPERTS")
+"""What runs the experts on a CUDA device, whatever would be chosen: "triton", "grouped_mm" or "naive"."""
 
 
 def expert_ffn(
@@ -21,24 +27,19 @@ def expert_ffn(
     activation: str,
     b_in_EH: Tensor | None = None,
     capacity: int | None = None,
+    most_rows: int | None = None,
 ) -> Tensor:
     """y_t = sum_k gate_tk * FFN_expert_tk(x_t), with products in x's dtype; expert E stands for a dropped assignment.
 
     H is 2F (gate rows first) for gated activations, else F. Differentiable in all but `expert_TK` (int64). With a `capacity`, which no
-    expert may exceed, every expert runs over exactly so many rows.
+    expert may exceed, every expert runs over exactly so many rows. `most_rows`: how many assignments can be other than dropped, where
+    that is known to be fewer than T * K; it saves memory.
     """
-    which = _expert_ffn(
-        x_TD.device.type,
-        x_TD.dtype,
-        training=torch.is_grad_enabled(),
-        biased=b_in_EH is not None,
-        padded=capacity is not None,
-        aligned=is_aligned(*w_out_EDF.shape[1:]),
-    )
+    which = _expert_ffn(x_TD.device.type, x_TD.dtype, padded=capacity is not None, aligned=is_aligned(*w_out_EDF.shape[1:]))
     if which == "triton":
         from kernels import experts_triton
 
-        return experts_triton.expert_ffn(x_TD, w_in_EHD, w_out_EDF, expert_TK, gate_TK, activation)
+        return experts_triton.expert_ffn(x_TD, w_in_EHD, w_out_EDF, expert_TK, gate_TK, activation, b_in_EH, most_rows)
     if capacity is not None:
         return experts_padded.expert_ffn(x_TD, w_in_EHD, w_out_EDF, expert_TK, gate_TK, activation, b_in_EH, capacity=capacity)
     run = {"cpu": experts_cpu.expert_ffn, "grouped_mm": experts_grouped.expert_ffn, "naive": experts_naive.expert_ffn}[which]
@@ -46,18 +47,25 @@ def expert_ffn(
 
 
 def is_aligned(*widths: int) -> bool:
-    """Whether bfloat16 rows of these widths are multiples of the 16 bytes that grouped products on CUDA want."""
+    """Whether bfloat16 rows of these widths are multiples of the 16 bytes that torch's grouped products on CUDA want."""
     return all(width % 8 == 0 for width in widths)
 
 
-def _expert_ffn(device: str, dtype: torch.dtype, *, training: bool, biased: bool = False, padded: bool = False, aligned: bool = True) -> str:
-    if padded:
-        return "padded"
-    if device == "cpu":
-        return "cpu"
-    if device == "cuda" and not training and not biased and find_spec("triton"):
-        return "triton"
-    return "grouped_mm" if device == "cuda" and dtype == torch.bfloat16 and aligned else "naive"
+def _expert_ffn(device: str, dtype: torch.dtype, *, padded: bool = False, aligned: bool = True) -> str:
+    """The first of Triton, torch's grouped products and the loop that can; or the one that MOELAB_EXPERTS names (ValueError where that cannot)."""
+    if padded or device == "cpu":
+        return "padded" if padded else "cpu"
+    can = {
+        "triton": device == "cuda" and HAS_TRITON and dtype in (torch.bfloat16, torch.float16, torch.float32),
+        "grouped_mm": device == "cuda" and dtype == torch.bfloat16 and aligned,
+        "naive": True,
+    }
+    if WANTED is None:
+        return next(name for name, able in can.items() if able)
+    if not can.get(WANTED):
+        ways = ", ".join(name for name, able in can.items() if able)
+        raise ValueError(f"MOELAB_EXPERTS is {WANTED!r}; what can run experts in {str(dtype).removeprefix('torch.')} on {device} here: {ways}")
+    return WANTED
 
 
 def attend(q_BHSC: Tensor, k_BGSC: Tensor, v_BGSV: Tensor) -> Tensor:
@@ -98,21 +106,19 @@ def implementations(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     *,
-    biased: bool = False,
     padded: bool = False,
     masked: bool = False,
     aligned: bool = True,
 ) -> dict[str, str]:
     """Operation to the implementation that runs it on `device` for products in `dtype`; shown on the run page.
 
-    `biased`: the experts have biases; `padded`: they run over exactly their capacity; `masked`: some attention is not plainly causal;
+    `padded`: the experts run over exactly their capacity; `masked`: some attention is not plainly causal;
     `aligned`: see `is_aligned`, of the model's and the experts' widths.
     """
     kind = torch.device(device).type
     ours = kind == "cpu"
     return {
-        "expert_ffn": _expert_ffn(kind, dtype, training=True, biased=biased, padded=padded, aligned=aligned),
-        "expert_ffn (evaluation)": _expert_ffn(kind, dtype, training=False, biased=biased, padded=padded, aligned=aligned),
+        "expert_ffn": _expert_ffn(kind, dtype, padded=padded, aligned=aligned),
         "attention": "cpu" if ours and dtype == torch.bfloat16 else "sdpa",
         **({"attention (masked)": "blocks"} if masked else {}),
         "rms_norm": "cpu" if ours else "torch",

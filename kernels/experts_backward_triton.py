@@ -44,7 +44,7 @@ def _bend(
 def _hidden_gradient(
     dy, w, hidden, gate, dhidden, act, dgate, token, slot, end, tile_expert, tile_start,
     n_experts, n_tiles, n_inner, n_outer, n_rows, stride_dy, stride_we, stride_wa, stride_wb, stride_h, stride_act,
-    ACTIVATION: tl.constexpr, IS_GATED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    ACTIVATION: tl.constexpr, IS_GATED: tl.constexpr, EVEN: tl.constexpr, EVEN_INNER: tl.constexpr, PRECISION: tl.constexpr,
     WEIGHTS_BY_TMA: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_OUTER: tl.constexpr, BLOCK_INNER: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -64,7 +64,7 @@ def _hidden_gradient(
             w_at = w + expert.to(tl.int64) * stride_we + inner[:, None] * stride_wa + outer[None, :] * stride_wb
         d = tl.zeros((BLOCK_ROWS, BLOCK_OUTER), dtype=tl.float32)
         for start in range(0, n_inner, BLOCK_INNER):
-            inner_fits = (inner < n_inner - start) | EVEN
+            inner_fits = (inner < n_inner - start) | EVEN_INNER
             rows = tl.load(dy_at, mask=inner_fits[None, :], other=0.0)
             if WEIGHTS_BY_TMA:
                 weights = weight_tile(w, expert, first_outer, start, BLOCK_OUTER, BLOCK_INNER, False)
@@ -176,7 +176,7 @@ def hidden_gradient(
             tiles.token_R, tiles.slot_R, tiles.end_E, tiles.expert_M, tiles.start_M,
             n_experts, n_tiles, width, n_hidden, len(h_RH), dy_TD.stride(0), *w_out_EDF.stride(), h_RH.stride(0), act_RF.stride(0),
             ACTIVATION=activation, IS_GATED=activation in GATED, PRECISION=precision, WEIGHTS_BY_TMA=w_tma is not None,
-            EVEN=width % blocks.inner == 0 and n_hidden % blocks.outer == 0,
+            EVEN=n_hidden % blocks.outer == 0, EVEN_INNER=width % blocks.inner == 0,
             BLOCK_ROWS=blocks.rows, BLOCK_OUTER=blocks.outer, BLOCK_INNER=blocks.inner, GROUP=blocks.group,
             num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip

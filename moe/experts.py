@@ -32,15 +32,17 @@ class Experts(nn.Module):
         self.b_in = nn.Parameter(torch.empty(held, rows)) if biased else None
         self.b_out = nn.Parameter(torch.empty(held, d_model)) if biased else None
 
-    def forward(self, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, capacity: int | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, capacity: int | None = None, most_rows: int | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """sum_k gate_tk * FFN_expert_tk(x_t); expert E stands for a dropped assignment. Under autocast in its dtype.
 
-        With a `capacity`, which no expert may exceed, every expert runs over exactly so many rows. Beside it, where the experts are spread
-        over P ranks, the rows sent to each, int64[P].
+        With a `capacity`, which no expert may exceed, every expert runs over exactly so many rows. `most_rows` as in `dispatch.expert_ffn`.
+        Beside it, where the experts are spread over P ranks, the rows sent to each, int64[P].
         """
         x_TD = x_TD.to(product_dtype(x_TD))
         if self.mesh is None:
-            return self._here(x_TD, expert_TK, gate_TK, capacity), None
+            return self._here(x_TD, expert_TK, gate_TK, capacity, most_rows), None
         return parallel.expert_ffn(x_TD, expert_TK, gate_TK, self.n_experts, self.mesh, self._here)
 
     @torch.no_grad()
@@ -52,9 +54,11 @@ class Experts(nn.Module):
             whole = torch.empty(self.n_experts, *weight.shape[1:], dtype=weight.dtype, device=weight.device)
             weight.copy_(whole.normal_(0.0, std)[self.mesh.held(self.n_experts)])
 
-    def _here(self, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, capacity: int | None = None) -> Tensor:
+    def _here(
+        self, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, capacity: int | None = None, most_rows: int | None = None
+    ) -> Tensor:
         """With the experts that this rank holds, numbered from 0."""
-        y_TD = dispatch.expert_ffn(x_TD, self.w_in, self.w_out, expert_TK, gate_TK, self.activation, self.b_in, capacity)
+        y_TD = dispatch.expert_ffn(x_TD, self.w_in, self.w_out, expert_TK, gate_TK, self.activation, self.b_in, capacity, most_rows)
         if self.b_out is None:
             return y_TD
         # A product with the gates, laid out by expert, adds the second bias whatever runs the rest, in a fixed order.

@@ -53,7 +53,9 @@ class MoeLayer(nn.Module):
             expert_TK, gate_TK, dropped_E, rerouted = dispatch.place(decision, self.router, most, self.spec.capacity)
             if rerouted is not None:
                 decision = decision._replace(figures={**decision.figures, "rerouted": rerouted})
-        y_TD, sent_P = self._routed(x_TD, expert_TK, gate_TK, most if self.spec.capacity.padded else None)
+        else:
+            most = self.router.most_per_expert(len(x_TD))
+        y_TD, sent_P = self._routed(x_TD, expert_TK, gate_TK, most)
         y_BSD = y_TD.view_as(x_BSD)
         if self.shared is not None:
             y_BSD = self._with_shared(y_BSD, self.shared(x_BSD), x_BSD)
@@ -66,12 +68,13 @@ class MoeLayer(nn.Module):
         stats, choice = layer_stats(decision, count_E, dropped_E, loss_N)._replace(sent_P=sent_P), Choice(expert_TK, gate_TK.detach())
         return LayerOutput(y_BSD, weighted, stats, decision.prob_TE.mean(0), decision.log_prob_T, choice)
 
-    def _routed(self, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, capacity: int | None) -> tuple[Tensor, Tensor | None]:
-        """The routed experts' sum, [T, D], and the rows sent to each rank that shares them, if any do."""
+    def _routed(self, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, most: int | None) -> tuple[Tensor, Tensor | None]:
+        """The routed experts' sum, [T, D], where an expert takes `most` assignments, and the rows sent to each rank that shares them, if any do."""
+        capacity, most_rows = most if self.spec.capacity.padded else None, most and self.spec.n_experts * most
         if not self.router.gate_on_input:
-            return self.experts(x_TD, expert_TK, gate_TK, capacity)  # type: ignore[no-any-return]
+            return self.experts(x_TD, expert_TK, gate_TK, capacity, most_rows)  # type: ignore[no-any-return]
         scaled_TKD = x_TD[:, None] * gate_TK[:, :, None].to(x_TD.dtype)
-        y_RD, sent_P = self.experts(scaled_TKD.flatten(0, 1), expert_TK.view(-1, 1), torch.ones_like(gate_TK).view(-1, 1), capacity)
+        y_RD, sent_P = self.experts(scaled_TKD.flatten(0, 1), expert_TK.view(-1, 1), torch.ones_like(gate_TK).view(-1, 1), capacity, most_rows)
         return y_RD.view_as(scaled_TKD).sum(1), sent_P
 
     def _with_shared(self, routed_BSD: Tensor, shared_BSD: Tensor, x_BSD: Tensor) -> Tensor:
