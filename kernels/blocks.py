@@ -109,11 +109,12 @@ def _chosen(case: Case, generation: int, element_bytes: int) -> LayerBlocks:
     return found or usual_layer_blocks(generation, element_bytes, gated=case.gated, width=case.width, expert_width=case.expert_width)
 
 
-def tuned(path: Path = TUNED) -> Iterator[tuple[Case, LayerBlocks, dict[str, Any]]]:
+def tuned(path: Path | None = None) -> Iterator[tuple[Case, LayerBlocks, dict[str, Any]]]:
     """The measured entries: for what, with what, and the rest of the entry ("capability", "date", "versions", "microseconds").
 
     Raises ValueError where the tiles of one layer differ in the rows of a tile, TypeError or KeyError for a wrong or a missing name.
     """
+    path = path or TUNED
     for entry in json.loads(path.read_text())["entries"]:
         case = Case(*(entry[name] for name in Case._fields))
         blocks = LayerBlocks(**{kernel: Blocks(**sizes) for kernel, sizes in entry["blocks"].items()})
