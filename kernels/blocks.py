@@ -70,9 +70,8 @@ def usual_blocks(generation: int, element_bytes: int, kernel: Kernel, *, gated: 
     """
     large, half = generation in (9, 10, 11), element_bytes == 2
     outer, stages = 128, 4 if large else 3
-    if kernel == "up" and gated and not (large and half):
-        outer = 64
-    elif kernel == "hidden" and not (half and n_outer % 128 == 0):
+    narrow = {"up": gated and not (large and half), "hidden": not half or n_outer % 128 > 0}
+    if narrow.get(kernel):
         outer = 64
     elif kernel not in ("up", "hidden") and large and half and n_outer % 256 == 0:
         outer = 256
@@ -92,9 +91,8 @@ def layer_blocks(x_TD: Tensor, n_experts: int, expert_width: int, n_rows: int, *
     """What a layer runs with: on x's device and in its dtype, for `n_rows` assignments to `n_experts`."""
     if not x_TD.is_cuda:
         return SMALL
-    case = Case(
-        torch.cuda.get_device_name(x_TD.device), str(x_TD.dtype).removeprefix("torch."), gated, x_TD.shape[1], expert_width, mean_rows(n_rows, n_experts)
-    )
+    device, dtype = torch.cuda.get_device_name(x_TD.device), str(x_TD.dtype).removeprefix("torch.")
+    case = Case(device, dtype, gated, x_TD.shape[1], expert_width, mean_rows(n_rows, n_experts))
     return _chosen(case, torch.cuda.get_device_capability(x_TD.device)[0], x_TD.element_size())
 
 

@@ -13,7 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 def descriptor(t: Tensor, block: list[int], *, precision: str = "tf32") -> TensorDescriptor | None:
     """Of tiles of `block` elements of `t`; None where the device has no such engine, or `t` is not laid out as it wants.
 
-    That is: the last dimension contiguous, start and other strides multiples of 16 bytes, nothing empty. Tiles that reach beyond `t` hold zeros there.
+    That is: the last dimension contiguous, start and other strides multiples of 16 bytes, nothing empty. Beyond `t` tiles hold zeros.
     float32 that is loaded for products in tf32 is rounded to it (the matrix units would cut it off); "ieee" products take no descriptors.
     """
     if precision == "ieee" or (t.is_cuda and torch.cuda.get_device_capability(t.device)[0] < 9):

@@ -12,7 +12,6 @@ from torch import Tensor
 from kernels import attention_cpu, attention_masked, experts_cpu, experts_grouped, experts_naive, experts_padded, rms_norm_cpu
 from kernels import expert_linear as linear
 
-
 HAS_TRITON = find_spec("triton") is not None
 WANTED = os.environ.get("MOELAB_EXPERTS")
 """What runs the experts on a CUDA device, whatever would be chosen: "triton", "grouped_mm" or "naive"."""

@@ -52,8 +52,8 @@ def _tiles(expert_TK: Tensor, n_experts: int, n_rows: int, block_rows: int) -> T
     if n_rows == len(tiles.token_R):
         return tiles
     n_tiles = -(-n_rows // block_rows) + min(n_experts, n_rows)
-    cut = {"token_R": tiles.token_R[:n_rows], "slot_R": tiles.slot_R[:n_rows], "expert_M": tiles.expert_M[:n_tiles], "start_M": tiles.start_M[:n_tiles]}
-    return replace(tiles, **cut)
+    by_row = {"token_R": tiles.token_R[:n_rows], "slot_R": tiles.slot_R[:n_rows]}
+    return replace(tiles, **by_row, expert_M=tiles.expert_M[:n_tiles], start_M=tiles.start_M[:n_tiles])
 
 
 @torch.library.custom_op("moelab::expert_ffn", mutates_args=())

@@ -8,6 +8,7 @@ Letters: T tokens, K experts chosen per token, E experts, R = T * K assignments 
 M tiles of BLOCK_ROWS rows.
 """
 
+# ruff: noqa: RET505 - Triton compiles only the branch of a constant condition, and only if it is written as one
 from __future__ import annotations
 
 from dataclasses import dataclass

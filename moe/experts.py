@@ -54,9 +54,7 @@ class Experts(nn.Module):
             whole = torch.empty(self.n_experts, *weight.shape[1:], dtype=weight.dtype, device=weight.device)
             weight.copy_(whole.normal_(0.0, std)[self.mesh.held(self.n_experts)])
 
-    def _here(
-        self, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, capacity: int | None = None, most_rows: int | None = None
-    ) -> Tensor:
+    def _here(self, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, capacity: int | None = None, most_rows: int | None = None) -> Tensor:
         """With the experts that this rank holds, numbered from 0."""
         y_TD = dispatch.expert_ffn(x_TD, self.w_in, self.w_out, expert_TK, gate_TK, self.activation, self.b_in, capacity, most_rows)
         if self.b_out is None:

@@ -83,7 +83,8 @@ def test_a_descriptor_is_made_only_of_what_it_can_take():
     whole = torch.randn(4, 8, 12)
     assert descriptor(whole, [1, 16, 16]) is not None
     assert descriptor(whole[:, :, 4:], [1, 16, 16]) is not None  # starts at 16 bytes, rows of 48
-    for refused in (whole[:, :, 1:], whole.transpose(1, 2), torch.randn(4, 8, 10), whole[:0], whole[:1].expand(4, 8, 12), torch.randn(4, 8, 12).bfloat16()):
+    rows_of_40_bytes, rows_of_24_bytes, repeated = torch.randn(4, 8, 10), whole.bfloat16(), whole[:1].expand(4, 8, 12)
+    for refused in (whole[:, :, 1:], whole.transpose(1, 2), rows_of_40_bytes, rows_of_24_bytes, whole[:0], repeated):
         assert descriptor(refused, [1, 16, 16]) is None
     assert descriptor(whole, [1, 16, 16], precision="ieee") is None
 
