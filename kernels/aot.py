@@ -150,7 +150,7 @@ def works(capability: int) -> Iterator[tuple[str, Work]]:
             yield "up, evaluation", next(layer(dtype, blocks, activation, tma=tma, keep=False))[1]
     for case, blocks, entry in tuned():
         if entry["capability"] == capability:
-            even = all(width % 128 == 0 for width in (case.width, case.expert_width))
+            even = all(width % 256 == 0 for width in (case.width, case.expert_width))
             activation = "swiglu" if case.gated else "gelu"
             for kernel, work in layer(TYPES[case.dtype][0], blocks, activation, tma=capability >= 90, even=even):
                 yield f"{kernel}, {tuple(case)}", work
