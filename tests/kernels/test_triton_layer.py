@@ -99,3 +99,22 @@ def test_half_precision(on_triton):
     got, _ = layer.experts(x.half(), expert_TK, gate_TK)
     assert got.dtype == torch.float16
     assert (got - wanted).norm() <= 2e-3 * wanted.norm()
+
+
+@pytest.mark.slow
+def test_it_compiles_without_a_graph_break(on_triton):
+    """As `moe.experts` calls it, what chooses the implementation included, forward and backward."""
+    torch.manual_seed(0)
+    layer, x = layer_of(bias="expert", activation="swiglu_clamped"), torch.randn(21, D, requires_grad=True)
+    expert_TK, gate_TK = torch.rand(21, E).argsort(-1)[:, :2], torch.rand(21, 2, requires_grad=True)
+    chosen = dispatch._expert_ffn
+    on_triton()
+
+    def run(x_TD: Tensor, gate_TK: Tensor) -> Tensor:
+        assert chosen("cuda", x_TD.dtype, aligned=dispatch.is_aligned(D, 16)) == "triton"
+        return dispatch.expert_ffn(x_TD, layer.experts.w_in, layer.experts.w_out, expert_TK, gate_TK, "swiglu_clamped", layer.experts.b_in)
+
+    inputs = (x, gate_TK, layer.experts.w_in, layer.experts.w_out, layer.experts.b_in)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    results = [(y := each(x, gate_TK), *torch.autograd.grad(y.square().sum(), inputs)) for each in (compiled, run)]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
