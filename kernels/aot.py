@@ -8,13 +8,16 @@ machine code.
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -210,13 +213,14 @@ def main() -> int:
     """Compile for every device; 1 where a figure is not as it should be."""
     reports: dict[str, dict[str, Any]] = {}
     failed = False
-    for capability in DEVICES:
-        kernels = reports[f"sm_{capability}"] = {}
-        for name, work in works(capability):
-            kernels[name] = compiled(work, capability)
-            for complaint in wrong(work, kernels[name], capability):
-                failed = True
-                print(f"sm_{capability} {name}: {complaint}: {kernels[name]}", file=sys.stderr)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # the assembler is a process of its own
+        for capability in DEVICES:
+            names, given = zip(*works(capability), strict=True)
+            reports[f"sm_{capability}"] = dict(zip(names, pool.map(compiled, given, repeat(capability)), strict=True))
+            for name, work in zip(names, given, strict=True):
+                for complaint in wrong(work, reports[f"sm_{capability}"][name], capability):
+                    failed = True
+                    print(f"sm_{capability} {name}: {complaint}: {reports[f'sm_{capability}'][name]}", file=sys.stderr)
     print(json.dumps(reports))
     return 1 if failed else 0
 
