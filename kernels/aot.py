@@ -73,11 +73,12 @@ def product(
     keep: bool = False,
     biased: bool = False,
     last: bool = True,
+    precision: str = "tf32",
 ) -> Work:
     """A grouped product; `last`: the weights' inner dimension is their contiguous one."""
     constants = {
         "GATHER": gather, "ACTIVATION": activation, "IS_GATED": activation in GATED, "BIASED": biased, "KEEP": keep, "EVEN": even,
-        "ROWS_BY_TMA": tma and not gather, "WEIGHTS_BY_TMA": tma, "OUT_BY_TMA": tma and activation == "none", "PRECISION": "tf32",
+        "ROWS_BY_TMA": tma and not gather, "WEIGHTS_BY_TMA": tma, "OUT_BY_TMA": tma and activation == "none", "PRECISION": precision,
         "INNER_LAST": last, "stride_wa" if last else "stride_wb": 1,
         "BLOCK_ROWS": blocks.rows, "BLOCK_OUTER": blocks.outer, "BLOCK_INNER": blocks.inner, "GROUP": blocks.group,
     }  # fmt: skip
@@ -89,19 +90,19 @@ def product(
     return Work(source(_grouped_gemm, dtype, constants, descriptors if tma else None), blocks, True, tma, gather)
 
 
-def hidden_gradient(dtype: str, blocks: Blocks, *, tma: bool, even: bool, activation: str) -> Work:
+def hidden_gradient(dtype: str, blocks: Blocks, *, tma: bool, even: bool, activation: str, precision: str = "tf32") -> Work:
     """The gradient at the hidden layer."""
     constants = {
-        "ACTIVATION": activation, "IS_GATED": activation in GATED, "EVEN": even, "EVEN_INNER": even, "PRECISION": "tf32", "WEIGHTS_BY_TMA": tma,
+        "ACTIVATION": activation, "IS_GATED": activation in GATED, "EVEN": even, "EVEN_INNER": even, "PRECISION": precision, "WEIGHTS_BY_TMA": tma,
         "stride_wb": 1,        "BLOCK_ROWS": blocks.rows, "BLOCK_OUTER": blocks.outer, "BLOCK_INNER": blocks.inner, "GROUP": blocks.group,
     }  # fmt: skip
     return Work(source(_hidden_gradient, dtype, constants, {"w": [1, blocks.inner, blocks.outer]} if tma else None), blocks, True, tma, True)
 
 
-def weight_gradient(dtype: str, blocks: Blocks, *, tma: bool, even: bool, gather: str) -> Work:
+def weight_gradient(dtype: str, blocks: Blocks, *, tma: bool, even: bool, gather: str, precision: str = "tf32") -> Work:
     """A gradient of weights, with rows gathered on one side."""
     constants = {
-        "GATHER_LEFT": gather == "left", "GATHER_RIGHT": gather == "right", "EVEN": even, "PRECISION": "tf32",
+        "GATHER_LEFT": gather == "left", "GATHER_RIGHT": gather == "right", "EVEN": even, "PRECISION": precision,
         "LEFT_BY_TMA": tma and gather == "right", "RIGHT_BY_TMA": tma and gather == "left", "OUT_BY_TMA": tma,
         "BLOCK_LEFT": blocks.rows, "BLOCK_RIGHT": blocks.outer, "BLOCK_ROWS": blocks.inner, "GROUP": blocks.group,
     }  # fmt: skip
@@ -112,10 +113,18 @@ def weight_gradient(dtype: str, blocks: Blocks, *, tma: bool, even: bool, gather
 
 
 def layer(
-    dtype: str, blocks: LayerBlocks, activation: str, *, tma: bool, even: bool = True, keep: bool = True, biased: bool = False
+    dtype: str,
+    blocks: LayerBlocks,
+    activation: str,
+    *,
+    tma: bool,
+    even: bool = True,
+    keep: bool = True,
+    biased: bool = False,
+    precision: str = "tf32",
 ) -> Iterator[tuple[str, Work]]:
     """Every product of a layer, forward and backward."""
-    given: dict[str, Any] = {"tma": tma, "even": even}
+    given: dict[str, Any] = {"tma": tma, "even": even, "precision": precision}
     yield "up", product(dtype, blocks.up, gather=True, activation=activation, keep=keep, biased=biased, **given)
     yield "down", product(dtype, blocks.down, gather=False, **given)
     yield "input_gradient", product(dtype, blocks.input, gather=False, last=False, **given)
@@ -134,6 +143,7 @@ LAYERS: tuple[tuple[str, str, str, bool, int, bool, tuple[str, ...]], ...] = (
     (" by pointers", "bfloat16", "geglu", True, 1911, True, ("up", "input_gradient", "hidden_gradient", "weight_gradient out")),
     (" float16", "float16", "swiglu", False, 2048, False, ("up", "hidden_gradient")),
     (" float32", "float32", "geglu", True, 2048, False, ALL),
+    (" float32, tf32x3", "float32", "geglu", True, 2048, False, ("up", "down", "hidden_gradient", "weight_gradient in")),
 )
 
 
@@ -146,7 +156,8 @@ def works(capability: int) -> Iterator[tuple[str, Work]]:
         dtype, element_bytes = TYPES[name]
         blocks = usual_layer_blocks(capability // 10, element_bytes, gated=activation in GATED, width=width, expert_width=width)
         tma = capability >= 90 and not pointers
-        for kernel, work in layer(dtype, blocks, activation, tma=tma, even=width == 2048, biased=biased):
+        precision = "tf32x3" if suffix.endswith("tf32x3") else "tf32"
+        for kernel, work in layer(dtype, blocks, activation, tma=tma, even=width == 2048, biased=biased, precision=precision):
             if kernel in wanted:
                 yield kernel + suffix, work
         if not suffix:

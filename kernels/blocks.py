@@ -64,14 +64,16 @@ def usual_blocks(generation: int, element_bytes: int, kernel: Kernel, *, gated: 
     """Those of a GPU whose compute capability begins with `generation`, for elements of 2 or 4 bytes and a result `n_outer` wide.
 
     A gated activation needs two sums of a tile at once: where there are no 228 KiB of shared memory (before Hopper, and on small Blackwells),
-    128 x 128 of each spill 3,880 bytes a thread, and in float32 32 on Blackwell. Those and the gradient at the hidden layer, in float32 or of
-    widths that leave masks in, take 64 columns. Exact GELU beside 256 columns spills 152 bytes. In the weights' gradients half of
-    the stages go to the indices of the rows: 7 keep four tiles on their way. `kernels.aot` checks all of this.
+    128 x 128 of each spill 3,880 bytes a thread, and in float32 32 on Blackwell. Those, and the gradient at the hidden layer in float32 or of
+    widths that leave masks in, take 64 columns. float32 in three products of parts spills 376 bytes on sm_80 with 128 columns. Exact GELU
+    beside 256 columns spills 152. In the weights' gradients half of the stages go to the indices of the rows: 7 keep four tiles on their
+    way. `kernels.aot` checks all of this.
     """
     large, half = generation in (9, 10, 11), element_bytes == 2
-    outer, stages = 128, 4 if large else 3
-    narrow = {"up": gated and not (large and half), "hidden": not half or n_outer % 128 > 0}
-    if narrow.get(kernel):
+    outer, stages = 128 if large or half else 64, 4 if large else 3
+    if kernel == "up" and gated and not (large and half):
+        outer //= 2
+    elif kernel == "hidden" and not (half and n_outer % 128 == 0):
         outer = 64
     elif kernel not in ("up", "hidden") and large and half and n_outer % 256 == 0:
         outer = 256

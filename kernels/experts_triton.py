@@ -33,7 +33,8 @@ def expert_ffn(
     b_in_EH: Tensor | None = None,
     most_rows: int | None = None,
 ) -> Tensor:
-    """As `experts_naive.expert_ffn`, with products in x's dtype; the weights' and biases' gradients have their own.
+    """As `experts_naive.expert_ffn`, with products in x's dtype (float32 as `torch.set_float32_matmul_precision` says); the weights' and biases'
+    gradients have their own.
 
     `most_rows`, where given, is how many assignments can be other than dropped: memory is taken for so many. More would be lost.
     """
@@ -44,6 +45,11 @@ def expert_ffn(
 
 def _layer_blocks(x_TD: Tensor, w_out_EDF: Tensor, n_rows: int, activation: str) -> LayerBlocks:
     return layer_blocks(x_TD, len(w_out_EDF), w_out_EDF.shape[2], n_rows, gated=activation in GATED)
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """What torch's own matrix products of float32 were told; without a meaning for other types."""
+    return "tf32x3" if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def _tiles(expert_TK: Tensor, n_experts: int, n_rows: int, block_rows: int) -> Tiles:
@@ -70,13 +76,13 @@ def _expert_ffn(
 ) -> tuple[Tensor, Tensor]:
     """The layer's output, and H where it is to be kept (else nothing: [0, H])."""
     w_in, w_out = w_in_EHD.to(x_TD.dtype), w_out_EDF.to(x_TD.dtype)
-    blocks = _layer_blocks(x_TD, w_out, n_rows, activation)
+    blocks, precision = _layer_blocks(x_TD, w_out, n_rows, activation), _precision(x_TD.dtype)
     tiles = _tiles(expert_TK, len(w_in), n_rows, blocks.up.rows)
     h_RH = x_TD.new_empty(n_rows if keep else 0, w_in.shape[1])
     act_RF = grouped_gemm(
-        x_TD, w_in, tiles, gather=True, activation=activation, bias_EB=b_in_EH, kept=h_RH if keep else None, blocks=blocks.up
+        x_TD, w_in, tiles, gather=True, activation=activation, bias_EB=b_in_EH, kept=h_RH if keep else None, blocks=blocks.up, precision=precision
     )  # fmt: skip
-    y_RD = grouped_gemm(act_RF, w_out, tiles, gather=False, blocks=blocks.down)
+    y_RD = grouped_gemm(act_RF, w_out, tiles, gather=False, blocks=blocks.down, precision=precision)
     return combine(y_RD, tiles.row_TK, gate_TK, tiles.end_E[-1:]), h_RH
 
 
@@ -109,13 +115,13 @@ def _expert_ffn_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, both weights, the gates and the biases ([0] without). The sorting is made again: cheaper than to keep it."""
     w_in, w_out, n_rows = w_in_EHD.to(x_TD.dtype), w_out_EDF.to(x_TD.dtype), len(h_RH)
-    blocks = _layer_blocks(x_TD, w_out, n_rows, activation)
+    blocks, precision = _layer_blocks(x_TD, w_out, n_rows, activation), _precision(x_TD.dtype)
     tiles = _tiles(expert_TK, len(w_in), n_rows, blocks.hidden.rows)
-    dh_RH, act_RF, dgate_R = hidden_gradient(dy_TD, w_out, h_RH, gate_TK, tiles, activation, blocks.hidden)
-    dx_RD = grouped_gemm(dh_RH, w_in.transpose(1, 2), tiles, gather=False, blocks=blocks.input)
+    dh_RH, act_RF, dgate_R = hidden_gradient(dy_TD, w_out, h_RH, gate_TK, tiles, activation, blocks.hidden, precision)
+    dx_RD = grouped_gemm(dh_RH, w_in.transpose(1, 2), tiles, gather=False, blocks=blocks.input, precision=precision)
     dx_TD = combine(dx_RD, tiles.row_TK, torch.ones_like(gate_TK), tiles.end_E[-1:])
-    dw_in_EHD = weight_gradient(dh_RH, x_TD, tiles, gather="right", dtype=w_in_EHD.dtype, blocks=blocks.weight_in)
-    dw_out_EDF = weight_gradient(dy_TD, act_RF, tiles, gather="left", dtype=w_out_EDF.dtype, blocks=blocks.weight_out)
+    dw_in_EHD = weight_gradient(dh_RH, x_TD, tiles, gather="right", dtype=w_in_EHD.dtype, blocks=blocks.weight_in, precision=precision)
+    dw_out_EDF = weight_gradient(dy_TD, act_RF, tiles, gather="left", dtype=w_out_EDF.dtype, blocks=blocks.weight_out, precision=precision)
     dgate_TK = torch.where(expert_TK < len(w_in), dgate_R[tiles.row_TK.clamp_max(n_rows - 1)], 0.0).to(gate_TK.dtype)
     db_in_EH = dh_RH.new_empty(0) if b_in_EH is None else row_sum(dh_RH, tiles, b_in_EH.dtype)
     return dx_TD, dw_in_EHD, dw_out_EDF, dgate_TK, db_in_EH
