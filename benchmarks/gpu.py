@@ -1,8 +1,9 @@
 """What needs a CUDA device, in one call under ten minutes: `make gpu` or `python -m benchmarks.gpu`. Prints one JSON object.
 
 Numerics of every Triton operation against float64, determinism over 40 repeats, the layer in a CUDA graph, `benchmarks.kernels` and
-`benchmarks.train_gpu`. Needs torch, triton and numpy alone, but for the last, which wants moelab with its extra `train`, and transformers.
-The figures also go to benchmarks/results/gpu-DATE-DEVICE.json. Exit code 1 where a check fails, 3 without a device.
+`benchmarks.train_gpu`, each with its share of the time. Needs torch, triton and numpy alone, but for the last, which wants moelab with its extra
+`train`, and transformers; peers are measured where they are installed. The figures also go to benchmarks/results/gpu-DATE-DEVICE.json. Exit
+code 1 where a check fails, 3 without a device.
 """
 
 # ruff: noqa: N806 - names of tensors carry their shape
@@ -11,11 +12,11 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,30 @@ from torch import Tensor
 RESULTS = Path(__file__).parent / "results"
 REPEATS = 40
 ROUTINGS = ("spread", "empty experts", "all to one", "dropped", "all dropped")
-SHAPES = ((1, 1, 4, 16, 16), (37, 3, 6, 20, 24), (257, 2, 5, 129, 65), (333, 8, 64, 96, 200))  # T, K, E, D, F
-# of ||out - ref|| / ||ref||; products of float32 are in tf32
+NUMERICS_S, BENCHMARK_S = 150.0, 200.0  # the router's kernels, the graph and the whole step have what is left of ten minutes
+# T, K, E, D, F, of the last in whole tiles; and what the layer is also checked with beside swiglu: swiglu_clamped with biases
+SHAPES = {
+    (1, 1, 4, 16, 16): "swiglu_clamped",
+    (37, 3, 6, 20, 24): "geglu",
+    (257, 2, 5, 129, 65): "relu",
+    (333, 8, 64, 96, 200): "gelu",
+    (1024, 4, 8, 256, 512): "swiglu_clamped",
+}
+OURS = (
+    "router",
+    "tiles",
+    "up",
+    "down",
+    "combine",
+    "hidden gradient",
+    "input gradient",
+    "weight gradient in",
+    "weight gradient out",
+)  # of the benchmark's parts
+# of ||out - ref|| / ||ref||; float32 in tf32, and in three products of it, as torch's own products were told
 MOST = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-3}
-MOST_IEEE = 1e-5
+MOST_EXACT = 1e-5
+PRECISIONS = {"tf32": "high", "tf32x3": "highest"}
 Check = tuple[str, float, float]  # what was compared, its error, the largest error it may have
 
 
@@ -55,8 +76,10 @@ def error(out: Tensor, ref: Tensor) -> float:
 def operations(device: str, dtype: torch.dtype, kind: str, shape: tuple[int, int, int, int, int]) -> Iterator[Check]:
     """Every operation in Triton on one routing; rows that it must not read hold NaN."""
     from kernels import experts_naive, experts_triton, grouped_gemm_naive
+    from kernels.activation import GATED
+    from kernels.blocks import Blocks
     from kernels.combine_triton import combine
-    from kernels.grouped_gemm_triton import Blocks, grouped_gemm, make_tiles
+    from kernels.grouped_gemm_triton import grouped_gemm, make_tiles
 
     n_tokens, top_k, n_experts, width, expert_width = shape
     expert_TK = choose(kind, n_tokens, top_k, n_experts, device)
@@ -69,41 +92,51 @@ def operations(device: str, dtype: torch.dtype, kind: str, shape: tuple[int, int
     act_RF = torch.randn(n_tokens * top_k, expert_width, device=device).to(dtype)
     act_RF[kept:] = float("nan")
     products = (("up", x_TD, w_in_EHD, True, "none"), ("up swiglu", x_TD, w_in_EHD, True, "swiglu"), ("down", act_RF, w_out_EDF, False, "none"))
+    ways = PRECISIONS if dtype == torch.float32 else ("tf32",)
+    suffix = {way: f" {way}" if dtype == torch.float32 else "" for way in ways}
+    most = {way: MOST_EXACT if way == "tf32x3" else MOST[dtype] for way in ways}
     for name, a, w, gather, activation in products:
         ref = grouped_gemm_naive.grouped_gemm(a.double(), w.double(), tiles.token_R, end_E, gather=gather, activation=activation)[:kept]
-        for precision in ("tf32", "ieee") if dtype == torch.float32 else ("tf32",):
-            got = grouped_gemm(a, w, tiles, gather=gather, activation=activation, precision=precision)[:kept]
-            yield (f"{name} {precision}" if dtype == torch.float32 else name), error(got, ref), MOST_IEEE if precision == "ieee" else MOST[dtype]
+        for way in ways:
+            got = grouped_gemm(a, w, tiles, gather=gather, activation=activation, precision=way)[:kept]
+            yield name + suffix[way], error(got, ref), most[way]
     y_RD = torch.randn(n_tokens * top_k, width, device=device).to(dtype)
     y_RD[kept:] = float("nan")
     y_TKD = torch.where((expert_TK < n_experts)[:, :, None], y_RD.double()[tiles.row_TK], 0)
     yield "combine", error(combine(y_RD, tiles.row_TK, gate_TK, tiles.end_E[-1:]), (y_TKD * gate_TK.double()[:, :, None]).sum(1)), MOST[dtype]
-    triton, naive = experts_triton.expert_ffn, experts_naive.expert_ffn
-    for activation in ("swiglu", "geglu", "relu", "gelu"):
-        w_EHD = w_in_EHD if activation in ("swiglu", "geglu") else w_in_EHD[:, :expert_width]
-        given = [tensor.detach().requires_grad_() for tensor in (x_TD, w_EHD, w_out_EDF, gate_TK)]
+    layers: tuple[Any, Any] = experts_triton.expert_ffn, experts_naive.expert_ffn
+    for activation, way in product(("swiglu", SHAPES.get(shape, "swiglu_clamped")), ways):
+        w_EHD = w_in_EHD if activation in GATED else w_in_EHD[:, :expert_width]
+        biases = [torch.randn(w_EHD.shape[:2], device=device)] if activation == "swiglu_clamped" else []
+        given = [tensor.detach().requires_grad_() for tensor in (x_TD, w_EHD, w_out_EDF, gate_TK, *biases)]
         exact = [tensor.detach().double().requires_grad_() for tensor in given]
-        got, ref = (run(x, w_in, w_out, expert_TK, gate, activation) for run, (x, w_in, w_out, gate) in ((triton, given), (naive, exact)))
-        yield f"expert_ffn {activation}", error(got, ref), MOST[dtype]
+        usual = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(PRECISIONS[way])
+        got, ref = (run(*of[:3], expert_TK, of[3], activation, *of[4:]) for run, of in zip(layers, (given, exact), strict=True))
         dy_TD = torch.randn_like(got)
         gradients = torch.autograd.grad(got, given, dy_TD), torch.autograd.grad(ref, exact, dy_TD.double())
-        for name, mine, wanted in zip(("dx", "dw_in", "dw_out", "dgate"), *gradients, strict=True):
-            yield f"expert_ffn {activation} {name}", error(mine, wanted), MOST[dtype]
+        torch.set_float32_matmul_precision(usual)
+        yield f"expert_ffn {activation}{suffix[way]}", error(got, ref), most[way]
+        for name, mine, wanted in zip(("dx", "dw_in", "dw_out", "dgate", "db_in")[: len(given)], *gradients, strict=True):
+            yield f"expert_ffn {activation} {name}{suffix[way]}", error(mine, wanted), most[way]
 
 
-def numerics(device: str = "cuda", shapes: tuple[tuple[int, int, int, int, int], ...] = SHAPES) -> tuple[dict[str, float], list[str]]:
-    """The worst error of each operation and type, and the cases that are beyond what they may be."""
+def numerics(device: str = "cuda", shapes: Iterable[tuple[int, int, int, int, int]] = tuple(SHAPES)) -> tuple[dict[str, float], list[str]]:
+    """The worst error of each operation and type, and the cases that are beyond what they may be, or that NUMERICS_S left no time for."""
     worst: dict[str, float] = defaultdict(float)
     failures = []
+    end = time.monotonic() + NUMERICS_S
     torch.manual_seed(0)
-    for dtype in MOST:
-        for shape in shapes:
-            for kind in ROUTINGS:
-                for name, found, most in operations(device, dtype, kind, shape):
-                    key = f"{name} {str(dtype).removeprefix('torch.')}"
-                    worst[key] = max(worst[key], found)
-                    if found > most:
-                        failures.append(f"{key}, {kind}, T K E D F = {shape}: {found:.2e} > {most:.0e}")
+    for dtype, shape, kind in product(MOST, shapes, ROUTINGS):
+        case = f"{str(dtype).removeprefix('torch.')}, {kind}, T K E D F = {shape}"
+        if time.monotonic() > end:
+            failures.append(f"{case}: not checked, no time was left")
+            continue
+        for name, found, most in operations(device, dtype, kind, shape):
+            key = f"{name} {str(dtype).removeprefix('torch.')}"
+            worst[key] = max(worst[key], found)
+            if found > most:
+                failures.append(f"{name} {case}: {found:.2e} > {most:.0e}")
     return dict(worst), failures
 
 
@@ -138,17 +171,21 @@ def training() -> dict[str, Any]:
 
 
 def versions() -> dict[str, Any]:
-    """What the figures depend on: device, driver, torch and triton."""
+    """What the figures depend on: device, driver, the clocks it may have, torch and triton."""
     import triton
 
-    query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
-    try:
-        driver = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout.splitlines()[0]
-    except (OSError, subprocess.SubprocessError, IndexError):
-        driver = "unknown"
+    from benchmarks.device_time import smi
+
     major, minor = torch.cuda.get_device_capability()
-    found = {"device": torch.cuda.get_device_name(), "capability": f"{major}.{minor}", "driver, clock, power limit": driver}
+    found = {"device": torch.cuda.get_device_name(), "capability": f"{major}.{minor}", **smi("driver_version", "clocks.max.sm", "power.limit")}
     return found | {"torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton.__version__}
+
+
+def broken(measured: dict[str, Any]) -> list[str]:
+    """What of ours did not run in the benchmark; a peer may fail."""
+    rows = [(shape["shape"], name, row) for shape in measured["shapes"] for part in ("layers", "parts") for name, row in shape.get(part, {}).items()]
+    ours = [(shape, name, row) for shape, name, row in rows if name.startswith("triton ") or name in OURS]
+    return [f"{name} of {shape}: {row['error']}" for shape, name, row in ours if "error" in row]
 
 
 def check() -> int:
@@ -164,13 +201,14 @@ def check() -> int:
     routed, misrouted = gpu_routing.numerics("cuda", ROUTINGS, tuple(shape[:3] for shape in (*SHAPES, (32768, 8, 128, 0, 0))))
     equal, uneven = determinism()
     graph, torn = gpu_routing.replay()
-    failures = wrong + misrouted + uneven + torn
+    measured = benchmark(budget_s=BENCHMARK_S)
+    failures = wrong + misrouted + uneven + torn + broken(measured)
     for line in failures:
         print(line, file=sys.stderr)
     date = time.strftime("%Y-%m-%d", time.gmtime())
     figures: dict[str, Any] = {"date": date, "versions": versions(), "failures": failures, "errors": errors | routed, "graph": graph}
     figures |= {"repeats": REPEATS, "equal_repeats": equal}
-    figures |= {"benchmark": benchmark(), "training": training(), "seconds": round(time.monotonic() - started, 1)}
+    figures |= {"benchmark": measured, "training": training(), "seconds": round(time.monotonic() - started, 1)}
     RESULTS.mkdir(exist_ok=True)
     device = re.sub(r"\W+", "-", torch.cuda.get_device_name()).strip("-").lower()
     (RESULTS / f"gpu-{date}-{device}.json").write_text(json.dumps(figures, indent=1) + "\n")

@@ -1,7 +1,7 @@
-"""The routed feed-forward in Triton against torch's grouped products and a dense SwiGLU of equal FLOPs, on one CUDA device.
+"""The MoE layer in Triton against its peers and a dense SwiGLU of equal FLOPs, on one CUDA device, in the same run. `make gpu` runs this.
 
-FLOPs are 6 T K n d forward and 18 T K n d with the backward pass; the router is in the time of the MoE layers but not in that count.
-The contestants of a shape take turns, so that they meet the same clocks; times are medians of CUDA events. `make gpu` runs this.
+FLOPs are 6 T K n d forward and 18 T K n d with the backward pass; the router is in the time of the MoE layers but not in that count. Peers that
+are not installed are named as such. The figures to reach, of one H100, stand beside what was measured.
 
 Letters: T tokens, D width, F expert width, E experts, K experts chosen per token.
 """
@@ -9,27 +9,27 @@ Letters: T tokens, D width, F expert width, E experts, K experts chosen per toke
 # ruff: noqa: N803, N806, N815 - names of tensors carry their shape
 from __future__ import annotations
 
-import statistics
+import time
 from collections.abc import Callable
-from dataclasses import asdict, astuple, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
 
+from benchmarks import peers
+from benchmarks.device_time import Work, clocks, measure
 from kernels import dispatch, experts_grouped, experts_triton, router_naive
 from kernels.activation import hidden
+from kernels.blocks import layer_blocks
 from kernels.combine_triton import combine
-from kernels.grouped_gemm_triton import Blocks, grouped_gemm, make_tiles
+from kernels.experts_backward_triton import hidden_gradient, weight_gradient
+from kernels.grouped_gemm_triton import grouped_gemm, make_tiles
 from kernels.router_naive import Rule
 
-Work = Callable[[], object]
 Ffn = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, str], Tensor]
 Route = Callable[["Layer"], tuple[Tensor, Tensor]]
-BLOCKS = (None, Blocks(stages=4), Blocks(rows=64, warps=4, stages=4), Blocks(inner=32, stages=4))
-WARM_UP, ROUNDS = 3, 20
+PASSES = ("forward", "forward+backward")
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,14 @@ class Shape:
         return 6 * self.tokens * self.top_k * self.expert_width * self.width
 
 
-SHAPES = (
-    Shape(32768, 4096, 1024, 128, 8),
-    Shape(32768, 2048, 768, 128, 8),  # Qwen3-30B-A3B
-    Shape(24576, 1536, 256, 128, 8),
-    Shape(4096, 2048, 1024, 64, 8),  # OLMoE
-    Shape(8192, 4096, 14336, 8, 2),  # Mixtral
-)
+# TFLOP/s of one H100, forward and with the backward pass: to be reached, and aimed at; None: to be ahead of every peer
+TARGETS: dict[Shape, tuple[tuple[int, int], tuple[int, int]] | None] = {
+    Shape(32768, 4096, 1024, 128, 8): ((430, 500), (380, 430)),
+    Shape(32768, 2048, 768, 128, 8): ((380, 500), (330, 410)),  # Qwen3-30B-A3B
+    Shape(24576, 1536, 256, 128, 8): ((260, 320), (270, 330)),
+    Shape(4096, 2048, 1024, 64, 8): None,  # OLMoE
+    Shape(8192, 4096, 14336, 8, 2): None,  # Mixtral
+}
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,10 @@ class Layer:
 
     def moe_and_gradients(self, ffn: Ffn, route: Route = route) -> tuple[Tensor, ...]:
         """The layer's output and the gradients of its input and all its weights."""
-        y_TD = self.moe(ffn, route)
+        return self.gradients(self.moe(ffn, route))
+
+    def gradients(self, y_TD: Tensor) -> tuple[Tensor, ...]:
+        """`y_TD`, made of this layer, and the gradients of the input and all weights."""
         return y_TD, *torch.autograd.grad(y_TD, self.tensors, torch.ones_like(y_TD))
 
 
@@ -121,102 +125,124 @@ def _without_gradients(work: Work) -> Work:
     return run
 
 
-def _triton(layer: Layer, blocks: Blocks | None) -> Work:
-    return _without_gradients(lambda: layer.moe(partial(experts_triton.expert_ffn, blocks=blocks), Layer.route_triton))
-
-
 def _dense(x_TD: Tensor, w_in_GD: Tensor, w_out_DF: Tensor) -> Tensor:
     return hidden(x_TD @ w_in_GD.T, "swiglu") @ w_out_DF.T
 
 
-def contestants(shape: Shape, layer: Layer) -> dict[str, tuple[Work, int]]:
-    """Name to what it runs and how many FLOPs that is by the convention."""
+def _dense_layer(shape: Shape, layer: Layer) -> tuple[Work, Work]:
+    """A SwiGLU of as many FLOPs as a token's experts, forward and with the backward pass."""
     dense_width = shape.top_k * shape.expert_width
     w_in_GD = layer.x_TD.new_empty(2 * dense_width, shape.width).normal_(0, 0.02).requires_grad_()
     w_out_DF = layer.x_TD.new_empty(shape.width, dense_width).normal_(0, 0.02).requires_grad_()
     inputs = (layer.x_TD, w_in_GD, w_out_DF)
 
-    def dense_and_gradients() -> object:
+    def both() -> object:
         y_TD = _dense(*inputs)
         return torch.autograd.grad(y_TD, inputs, torch.ones_like(y_TD))
 
-    forward, both = shape.forward_flops, 3 * shape.forward_flops
-    found: dict[str, tuple[Work, int]] = {f"triton {block_name(blocks)} forward": (_triton(layer, blocks), forward) for blocks in BLOCKS}
-    return found | {
-        "grouped_mm forward": (_without_gradients(lambda: layer.moe(experts_grouped.expert_ffn)), forward),
-        "dense forward": (_without_gradients(lambda: _dense(*inputs)), forward),
-        "triton forward+backward": (lambda: layer.moe_and_gradients(experts_triton.expert_ffn, Layer.route_triton), both),
-        "grouped_mm forward+backward": (lambda: layer.moe_and_gradients(experts_grouped.expert_ffn), both),
-        "dense forward+backward": (dense_and_gradients, both),
+    return _without_gradients(lambda: _dense(*inputs)), both
+
+
+def contestants(shape: Shape, layer: Layer, others: dict[str, peers.Run]) -> dict[str, tuple[Work, int]]:
+    """Name and pass to what it runs and how many FLOPs that is by the convention: ours, the peers, and the dense layer."""
+    runs: dict[str, peers.Run] = {
+        "triton": lambda of: of.moe(experts_triton.expert_ffn, Layer.route_triton),
+        "grouped_mm": lambda of: of.moe(experts_grouped.expert_ffn),
     }
+    found: dict[str, tuple[Work, int]] = {}
+    for name, run in (runs | others).items():
 
+        def forward(run: peers.Run = run) -> object:
+            return run(layer)
 
-def block_name(blocks: Blocks | None) -> str:
-    """Rows x outer x inner x warps x stages; `usual` for what the device gets unasked."""
-    if blocks is None:
-        return "usual"
-    return "x".join(str(size) for size in astuple(blocks))
+        def both(run: peers.Run = run) -> object:
+            return layer.gradients(run(layer))
+
+        found[f"{name} forward"] = _without_gradients(forward), shape.forward_flops
+        found[f"{name} forward+backward"] = both, 3 * shape.forward_flops
+    for which, work, flops in zip(PASSES, _dense_layer(shape, layer), (shape.forward_flops, 3 * shape.forward_flops), strict=True):
+        found[f"dense {which}"] = work, flops
+    return found
 
 
 def parts(shape: Shape, layer: Layer) -> dict[str, tuple[Work, int]]:
-    """The steps of the layer in Triton with the usual blocks, each alone; FLOPs are those of its own products."""
+    """The steps of the layer in Triton, each alone; FLOPs are those of its own products. Beside them the same products of equal experts in cuBLAS."""
+    blocks = layer_blocks(layer.x_TD, shape.experts, shape.expert_width, shape.tokens * shape.top_k, gated=True)
+    x_TD, w_in, w_out, third = layer.x_TD, layer.w_in_EHD, layer.w_out_EDF, shape.forward_flops // 3
     with torch.no_grad():
         expert_TK, gate_TK = layer.route()
         logits_TE, rule = layer.logits(), Rule(shape.top_k)
-        tiles = make_tiles(expert_TK, shape.experts, Blocks().rows)
-        act_RF = grouped_gemm(layer.x_TD, layer.w_in_EHD, tiles, gather=True, activation="swiglu")
-        y_RD = grouped_gemm(act_RF, layer.w_out_EDF, tiles, gather=False)
+        tiles = make_tiles(expert_TK, shape.experts, blocks.up.rows)
+        h_RH = x_TD.new_empty(len(tiles.token_R), w_in.shape[1])
+        act_RF = grouped_gemm(x_TD, w_in, tiles, gather=True, activation="swiglu", kept=h_RH, blocks=blocks.up)
+        y_RD = grouped_gemm(act_RF, w_out, tiles, gather=False, blocks=blocks.down)
+        equal_ERD = x_TD.new_empty(shape.experts, len(tiles.token_R) // shape.experts, shape.width).normal_()
+
+    def up() -> Tensor:
+        return grouped_gemm(x_TD, w_in, tiles, gather=True, activation="swiglu", kept=h_RH, blocks=blocks.up)
+
     works: dict[str, tuple[Work, int]] = {
         "router, with its product": (layer.route_triton, 0),
         "router": (lambda: dispatch.route(logits_TE, None, rule), 0),
         "router, torch": (lambda: router_naive.route(logits_TE, None, rule), 0),
-        "tiles": (lambda: dispatch.make_tiles(expert_TK, shape.experts, Blocks().rows), 0),
-        "tiles, by torch's sort": (lambda: make_tiles(expert_TK, shape.experts, Blocks().rows), 0),
-        "up": (lambda: grouped_gemm(layer.x_TD, layer.w_in_EHD, tiles, gather=True, activation="swiglu"), shape.forward_flops // 3 * 2),
-        "down": (lambda: grouped_gemm(act_RF, layer.w_out_EDF, tiles, gather=False), shape.forward_flops // 3),
+        "tiles": (lambda: dispatch.make_tiles(expert_TK, shape.experts, blocks.up.rows), 0),
+        "tiles, by torch's sort": (lambda: make_tiles(expert_TK, shape.experts, blocks.up.rows), 0),
+        "up": (up, 2 * third),
+        "down": (lambda: grouped_gemm(act_RF, w_out, tiles, gather=False, blocks=blocks.down), third),
         "combine": (lambda: combine(y_RD, tiles.row_TK, gate_TK, tiles.end_E[-1:]), 0),
+        "hidden gradient": (lambda: hidden_gradient(x_TD, w_out, h_RH, gate_TK, tiles, "swiglu", blocks.hidden), third),
+        "input gradient": (lambda: grouped_gemm(h_RH, w_in.transpose(1, 2), tiles, gather=False, blocks=blocks.input), 2 * third),
+        "weight gradient in": (
+            lambda: weight_gradient(h_RH, x_TD, tiles, gather="right", dtype=x_TD.dtype, blocks=blocks.weight_in),
+            2 * third,
+        ),
+        "weight gradient out": (
+            lambda: weight_gradient(x_TD, act_RF, tiles, gather="left", dtype=x_TD.dtype, blocks=blocks.weight_out),
+            third,
+        ),
+        "up in cuBLAS, equal experts": (lambda: torch.bmm(equal_ERD, w_in.transpose(1, 2)), 2 * third),
     }
     return {name: (_without_gradients(work), flops) for name, (work, flops) in works.items()}
 
 
-def measure(works: dict[str, tuple[Work, int]]) -> dict[str, dict[str, Any]]:
-    """Median, fastest and slowest milliseconds of each, taking turns, and TFLOP/s; `error` for what this device has no room for."""
-    failed: dict[str, dict[str, Any]] = {}
-    for name, (work, _) in works.items():
-        try:
-            for _round in range(WARM_UP):
-                work()
-            torch.cuda.synchronize()
-        except (OutOfResources, torch.cuda.OutOfMemoryError) as error:
-            failed[name] = {"error": str(error).splitlines()[0][:200]}
-            torch.cuda.empty_cache()
-    running = {name: entry for name, entry in works.items() if name not in failed}
-    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in running}
-    for _round in range(ROUNDS):
-        for name, (work, _) in running.items():
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            work()
-            end.record()
-            events[name].append((start, end))
-    torch.cuda.synchronize()
-    return {name: _figures(events[name], flops) for name, (_, flops) in running.items()} | failed
+def verdict(shape: Shape, layers: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """For each pass: our speed over the best peer's (the dense layer is none), and whether what was to be reached is."""
+    found: dict[str, dict[str, Any]] = {}
+    for i, which in enumerate(PASSES):
+        rows = {name.removesuffix(f" {which}"): row for name, row in layers.items() if name.endswith(f" {which}")}
+        speed = {name: row["tflops_per_s"] for name, row in rows.items() if "error" not in row}
+        ours, dense = speed.pop("triton", 0.0), speed.pop("dense", None)
+        best = max(speed, key=speed.__getitem__, default=None)
+        said: dict[str, Any] = {"tflops_per_s": ours, "best_peer": best, "over_best_peer": ours / speed[best] if best else None}
+        said["over_dense"] = ours / dense if dense else None
+        said["ahead_of_every_peer"] = ours > speed[best] if best else None
+        target = TARGETS.get(shape)
+        if target is not None:
+            floor, aim = target[i]
+            said |= {"floor": floor, "floor_reached": ours >= floor, "aim": aim, "aim_reached": ours >= aim}
+        found[which] = said
+    return found
 
 
-def _figures(pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]], flops: int) -> dict[str, Any]:
-    times_ms = [start.elapsed_time(end) for start, end in pairs]
-    median_ms = statistics.median(times_ms)
-    figures = {"median_ms": median_ms, "fastest_ms": min(times_ms), "slowest_ms": max(times_ms)}
-    return figures | ({"tflops_per_s": flops / median_ms / 1e9} if flops else {})
+def benchmark(device: str = "cuda", budget_s: float = 270.0) -> dict[str, Any]:
+    """Which peers there are, and one entry per shape: the layers against each other, the verdict, and the steps of ours.
 
-
-def benchmark(device: str = "cuda", shapes: tuple[Shape, ...] = SHAPES) -> list[dict[str, Any]]:
-    """One entry per shape: the layers against each other, and the steps of ours."""
-    found = []
-    for shape in shapes:
+    A shape that no time is left for is told by name.
+    """
+    others, absent = peers.installed()
+    found: list[dict[str, Any]] = []
+    end = time.monotonic() + budget_s
+    for left, shape in zip(range(len(TARGETS), 0, -1), TARGETS, strict=True):
+        now = time.monotonic()
+        if now > end:
+            found.append({"shape": asdict(shape), "skipped": "no time was left"})
+            continue
+        until = now + (end - now) / left
         torch.manual_seed(0)
         layer = Layer.random(shape, device)
-        found.append({"shape": asdict(shape), "layers": measure(contestants(shape, layer)), "parts": measure(parts(shape, layer))})
+        layers = measure(contestants(shape, layer, others), until - (until - now) / 4)
+        found.append({"shape": asdict(shape), "layers": layers, "verdict": verdict(shape, layers), "parts": measure(parts(shape, layer), until)})
+        found[-1]["clocks"] = clocks()
         del layer
         torch.cuda.empty_cache()
-    return found
+    return {"peers": {**dict.fromkeys(others, "measured"), **absent}, "shapes": found}

@@ -61,15 +61,15 @@ CPU_ROWS: Sequence[tuple[str, Callable[[Figures], str]]] = (
 
 
 def gpu_rows(record: Mapping[str, Any] | None) -> Iterator[tuple[str, str]]:
-    """Our layer's TFLOP/s and its ratio to the fastest other MoE layer, for every shape that `make gpu` measures."""
-    from benchmarks.kernels import SHAPES
+    """Our layer's TFLOP/s and its ratio to the fastest other MoE layer, for every shape that `make gpu` measures, and the whole training step."""
+    from benchmarks.kernels import TARGETS
 
-    measured = {json.dumps(entry["shape"], sort_keys=True): entry["layers"] for entry in record["benchmark"]} if record else {}
-    for shape in SHAPES:
+    measured = {json.dumps(entry["shape"], sort_keys=True): entry.get("verdict", {}) for entry in record["benchmark"]["shapes"]} if record else {}
+    for shape in TARGETS:
         size = f"T {shape.tokens}, d {shape.width}, n {shape.expert_width}, E {shape.experts}, K {shape.top_k}"
-        layers = measured.get(json.dumps(vars(shape), sort_keys=True), {})
-        figures = [_against_peers(layers, way) for way in ("forward", "forward+backward")]
-        yield f"MoE layer on a GPU, {size}: forward; with backward", "; ".join(figures) if layers else NOT_MEASURED
+        verdict = measured.get(json.dumps(vars(shape), sort_keys=True))
+        figures = "; ".join(_against_peers(verdict[way]) for way in ("forward", "forward+backward")) if verdict else NOT_MEASURED
+        yield f"MoE layer on a GPU, {size}: forward; with backward", figures
     yield "training step on a GPU, four layers of OLMoE's shape in bfloat16: MFU; tokens/s against transformers; telemetry", _whole_step(record)
 
 
@@ -82,15 +82,10 @@ def _whole_step(record: Mapping[str, Any] | None) -> str:
     return "; ".join(figures)
 
 
-def _against_peers(layers: Mapping[str, Mapping[str, Any]], way: str) -> str:
-    speeds = {
-        name.removesuffix(f" {way}"): entry["tflops_per_s"] for name, entry in layers.items() if name.endswith(f" {way}") and "tflops_per_s" in entry
-    }
-    ours = max((speed for name, speed in speeds.items() if name.startswith("triton")), default=None)
-    peers = [speed for name, speed in speeds.items() if not name.startswith(("triton", "dense"))]
-    if ours is None:
+def _against_peers(said: Mapping[str, Any]) -> str:
+    if not said["tflops_per_s"]:
         return NOT_MEASURED
-    return f"{ours:.0f} TFLOP/s" + (f", {ours / max(peers):.2f} × the fastest other" if peers else "")
+    return f"{said['tflops_per_s']:.0f} TFLOP/s" + (f", {said['over_best_peer']:.2f} × {said['best_peer']}" if said["best_peer"] else "")
 
 
 def table(results: Path = RESULTS) -> str:

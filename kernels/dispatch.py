@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -16,7 +17,9 @@ from kernels import expert_linear as linear
 if TYPE_CHECKING:
     from kernels.grouped_gemm_triton import Tiles
 
-_HAS_TRITON = find_spec("triton") is not None  # asked once: a compiled layer must not look for modules
+HAS_TRITON = find_spec("triton") is not None  # asked once: a compiled layer must not look for modules
+WANTED = os.environ.get("MOELAB_EXPERTS")
+"""What runs the experts on a CUDA device, whatever would be chosen: "triton", "grouped_mm" or "naive"."""
 
 
 def expert_ffn(
@@ -28,22 +31,17 @@ def expert_ffn(
     activation: str,
     b_in_EH: Tensor | None = None,
     capacity: int | None = None,
+    most_rows: int | None = None,
     lap: Callable[[str], None] | None = None,
 ) -> Tensor:
     """y_t = sum_k gate_tk * FFN_expert_tk(x_t), with products in x's dtype; expert E stands for a dropped assignment.
 
     H is 2F (gate rows first) for gated activations, else F. Differentiable in all but `expert_TK` (int64). With a `capacity`, which no
-    expert may exceed, every expert runs over exactly so many rows. `lap`, if given, is told as each part begins: dispatch, experts, combine;
+    expert may exceed, every expert runs over exactly so many rows. `most_rows`: how many assignments can be other than dropped, where
+    that is known to be fewer than T * K; it saves memory. `lap`, if given, is told as each part begins: dispatch, experts, combine;
     what one kernel does together is experts.
     """
-    which = _expert_ffn(
-        x_TD.device.type,
-        x_TD.dtype,
-        training=torch.is_grad_enabled(),
-        biased=b_in_EH is not None,
-        padded=capacity is not None,
-        aligned=is_aligned(*w_out_EDF.shape[1:]),
-    )
+    which = _expert_ffn(x_TD.device.type, x_TD.dtype, padded=capacity is not None, aligned=is_aligned(*w_out_EDF.shape[1:]))
     if which == "cpu" and torch.compiler.is_compiling():
         from kernels import compiled
 
@@ -55,7 +53,7 @@ def expert_ffn(
     if which == "triton":
         from kernels import experts_triton
 
-        return experts_triton.expert_ffn(x_TD, w_in_EHD, w_out_EDF, expert_TK, gate_TK, activation)
+        return experts_triton.expert_ffn(x_TD, w_in_EHD, w_out_EDF, expert_TK, gate_TK, activation, b_in_EH, most_rows)
     if capacity is not None:
         return experts_padded.expert_ffn(x_TD, w_in_EHD, w_out_EDF, expert_TK, gate_TK, activation, b_in_EH, capacity=capacity)
     run = {"grouped_mm": experts_grouped.expert_ffn, "naive": experts_naive.expert_ffn}[which]
@@ -63,7 +61,7 @@ def expert_ffn(
 
 
 def is_aligned(*widths: int) -> bool:
-    """Whether bfloat16 rows of these widths are multiples of the 16 bytes that grouped products on CUDA want."""
+    """Whether bfloat16 rows of these widths are multiples of the 16 bytes that torch's grouped products on CUDA want."""
     return all(width % 8 == 0 for width in widths)
 
 
@@ -78,14 +76,21 @@ def make_tiles(expert_TK: Tensor, n_experts: int, block_rows: int) -> Tiles:
     return grouped_gemm_triton.make_tiles(expert_TK, n_experts, block_rows)
 
 
-def _expert_ffn(device: str, dtype: torch.dtype, *, training: bool, biased: bool = False, padded: bool = False, aligned: bool = True) -> str:
-    if padded:
-        return "padded"
-    if device == "cpu":
-        return "cpu"
-    if device == "cuda" and not training and not biased and _HAS_TRITON:
-        return "triton"
-    return "grouped_mm" if device == "cuda" and dtype == torch.bfloat16 and aligned else "naive"
+def _expert_ffn(device: str, dtype: torch.dtype, *, padded: bool = False, aligned: bool = True) -> str:
+    """The first of Triton, torch's grouped products and the loop that can; or the one that MOELAB_EXPERTS names (ValueError where that cannot)."""
+    if padded or device == "cpu":
+        return "padded" if padded else "cpu"
+    can = {
+        "triton": device == "cuda" and HAS_TRITON and dtype in (torch.bfloat16, torch.float16, torch.float32),
+        "grouped_mm": device == "cuda" and dtype == torch.bfloat16 and aligned,
+        "naive": True,
+    }
+    if WANTED is None:
+        return next(name for name, able in can.items() if able)
+    if not can.get(WANTED):
+        ways = ", ".join(name for name, able in can.items() if able)
+        raise ValueError(f"MOELAB_EXPERTS is {WANTED!r}; what can run experts in {str(dtype).removeprefix('torch.')} on {device} here: {ways}")
+    return WANTED
 
 
 def route(logits_TE: Tensor, bias_E: Tensor | None, rule: router_naive.Rule) -> router_naive.Routed:
@@ -99,7 +104,7 @@ def route(logits_TE: Tensor, bias_E: Tensor | None, rule: router_naive.Rule) -> 
 
 def _route(device: str, dtype: torch.dtype, n_experts: int, top_k: int) -> str:
     fits = dtype in (torch.float32, torch.bfloat16) and n_experts <= 1024 and top_k <= 32  # a tile holds whole rows
-    return "triton" if device == "cuda" and fits and _HAS_TRITON else "torch"
+    return "triton" if device == "cuda" and fits and HAS_TRITON else "torch"
 
 
 def attend(q_BHSC: Tensor, k_BGSC: Tensor, v_BGSV: Tensor) -> Tensor:
@@ -148,7 +153,6 @@ def implementations(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     *,
-    biased: bool = False,
     padded: bool = False,
     masked: bool = False,
     aligned: bool = True,
@@ -157,15 +161,14 @@ def implementations(
 ) -> dict[str, str]:
     """Operation to the implementation that runs it on `device` for products in `dtype`; shown on the run page.
 
-    `biased`: the experts have biases; `padded`: they run over exactly their capacity; `masked`: some attention is not plainly causal;
+    `padded`: the experts run over exactly their capacity; `masked`: some attention is not plainly causal;
     `aligned`: see `is_aligned`, of the model's and the experts' widths; `compiled`: training's blocks go through torch.compile; `scored`: experts
     and k of a router that takes the k highest scores (others are plain torch).
     """
     kind = torch.device(device).type
     ours = kind == "cpu" and not compiled
     return {
-        "expert_ffn": _expert_ffn(kind, dtype, training=True, biased=biased, padded=padded, aligned=aligned),
-        "expert_ffn (evaluation)": _expert_ffn(kind, dtype, training=False, biased=biased, padded=padded, aligned=aligned),
+        "expert_ffn": _expert_ffn(kind, dtype, padded=padded, aligned=aligned),
         "router": "torch" if scored is None else _route(kind, torch.float32, *scored),
         "attention": "cpu" if ours and dtype == torch.bfloat16 else "sdpa",
         **({"attention (masked)": "blocks"} if masked else {}),

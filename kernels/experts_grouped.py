@@ -1,4 +1,4 @@
-"""The routed feed-forward through torch's own grouped matrix product: the differentiable path on CUDA in bfloat16.
+"""The routed feed-forward through torch's own grouped matrix product: the path on CUDA in bfloat16 without Triton.
 
 Letters: T tokens, D width, K experts chosen per token, E experts, F expert width, H = 2F (gated) or F, R = T * K assignments
 sorted by expert. Nothing here waits for the device; every sum has a fixed order.

@@ -8,8 +8,10 @@ from torch import Tensor
 from kernels.activation import GATED, hidden
 
 
-def grouped_gemm(a: Tensor, w_EBA: Tensor, token_R: Tensor, end_E: list[int], *, gather: bool, activation: str = "none") -> Tensor:
-    """out[r] = w[e] @ a[r], for the rows r of expert e, which end at end_E[e]; a's row is token_R[r] with `gather`.
+def grouped_gemm(
+    a: Tensor, w_EBA: Tensor, token_R: Tensor, end_E: list[int], *, gather: bool, activation: str = "none", bias_EB: Tensor | None = None
+) -> Tensor:
+    """out[r] = w[e] @ a[r] + bias[e], for the rows r of expert e, which end at end_E[e]; a's row is token_R[r] with `gather`.
 
     With an `activation`, of the result (gate half first where it is gated). Rows after the last expert's are zero.
     """
@@ -18,7 +20,7 @@ def grouped_gemm(a: Tensor, w_EBA: Tensor, token_R: Tensor, end_E: list[int], *,
     start = 0
     for expert, end in enumerate(end_E):
         rows = a[token_R[start:end].long()] if gather else a[start:end]
-        product = rows @ w_EBA[expert].T
+        product = rows @ w_EBA[expert].T if bias_EB is None else rows @ w_EBA[expert].T + bias_EB[expert]
         out[start:end] = product if activation == "none" else hidden(product, activation)
         start = end
     return out

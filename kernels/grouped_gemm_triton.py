@@ -8,10 +8,10 @@ Letters: T tokens, K experts chosen per token, E experts, R = T * K assignments 
 M tiles of BLOCK_ROWS rows.
 """
 
+# ruff: noqa: RET505 - Triton compiles only the branch of a constant condition, and only if it is written as one
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import triton
@@ -20,6 +20,8 @@ from torch import Tensor
 
 from kernels.activation import GATED
 from kernels.activation_triton import value
+from kernels.blocks import Blocks, Kernel, usual_blocks
+from kernels.descriptor import descriptor, weight_descriptor
 
 
 @dataclass(frozen=True)
@@ -57,87 +59,83 @@ def make_tiles(expert_TK: Tensor, n_experts: int, block_rows: int) -> Tiles:
 
 
 @triton.jit
+def weight_tile(w, expert, outer, inner, BLOCK_OUTER: tl.constexpr, BLOCK_INNER: tl.constexpr, INNER_LAST: tl.constexpr):
+    """w[expert, outer:, inner:] through a descriptor, as [BLOCK_INNER, BLOCK_OUTER]; zeros beyond the expert's matrix."""
+    if INNER_LAST:
+        return w.load([expert, outer, inner]).reshape(BLOCK_OUTER, BLOCK_INNER).T
+    else:
+        return w.load([expert, inner, outer]).reshape(BLOCK_INNER, BLOCK_OUTER)
+
+
+@triton.jit
 def _grouped_gemm(
-    a, w, out, kept, token, end, tile_expert, tile_start,
-    n_inner, n_outer, stride_a, stride_we, stride_wb, stride_wa, stride_out, stride_kept,
-    N_EXPERTS: tl.constexpr, GATHER: tl.constexpr, ACTIVATION: tl.constexpr, IS_GATED: tl.constexpr,
+    a, w, bias, out, out_tma, kept, token, end, tile_expert, tile_start,
+    n_experts, n_tiles, n_inner, n_outer, stride_a, stride_we, stride_wb, stride_wa, stride_out, stride_kept,
+    GATHER: tl.constexpr, ACTIVATION: tl.constexpr, IS_GATED: tl.constexpr, BIASED: tl.constexpr,
     KEEP: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_OUTER: tl.constexpr, BLOCK_INNER: tl.constexpr,
+    ROWS_BY_TMA: tl.constexpr, WEIGHTS_BY_TMA: tl.constexpr, OUT_BY_TMA: tl.constexpr, INNER_LAST: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_OUTER: tl.constexpr, BLOCK_INNER: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """out[r, b] = act(sum_a rows[r, a] w[e, b, a]); if gated w has 2 * n_outer rows. KEEP also stores what the activation was given."""
-    tile = tl.program_id(0)
+    """out[r, b] = act(sum_a rows[r, a] w[e, b, a] + bias[e, b]); if gated w has 2 * n_outer rows. KEEP also stores what the activation was given."""
+    n_columns = tl.cdiv(n_outer, BLOCK_OUTER)
+    tile, column = tl.swizzle2d(tl.program_id(0) // n_columns, tl.program_id(0) % n_columns, n_tiles, n_columns, GROUP)
     expert = tl.load(tile_expert + tile)
-    if expert < N_EXPERTS:
-        row = tl.load(tile_start + tile) + tl.arange(0, BLOCK_ROWS)
-        row_fits = row < tl.load(end + expert)
-        source = row
-        if GATHER:
-            source = tl.load(token + row, mask=row_fits, other=0)
-        outer = tl.program_id(1) * BLOCK_OUTER + tl.arange(0, BLOCK_OUTER)
+    if expert < n_experts:
+        first = tl.load(tile_start + tile)
+        last = tl.load(end + expert) - 1
+        first_outer = column * BLOCK_OUTER
+        outer = first_outer + tl.arange(0, BLOCK_OUTER)
         outer_fits = (outer < n_outer) | EVEN
         inner = tl.arange(0, BLOCK_INNER)
-        a_at = a + source.to(tl.int64)[:, None] * stride_a + inner[None, :]
-        w_at = w + expert.to(tl.int64) * stride_we + outer[None, :] * stride_wb + inner[:, None] * stride_wa
+        if not ROWS_BY_TMA:
+            source = tl.minimum(first + tl.arange(0, BLOCK_ROWS), last)  # what a short tile multiplies beyond its last row is not stored
+            if GATHER:
+                source = tl.load(token + source)
+            a_at = a + source.to(tl.int64)[:, None] * stride_a + inner[None, :]
+        if not WEIGHTS_BY_TMA:
+            w_at = w + expert.to(tl.int64) * stride_we + outer[None, :] * stride_wb + inner[:, None] * stride_wa
         total = tl.zeros((BLOCK_ROWS, BLOCK_OUTER), dtype=tl.float32)
         second = tl.zeros((BLOCK_ROWS, BLOCK_OUTER), dtype=tl.float32)
         for start in range(0, n_inner, BLOCK_INNER):
             inner_fits = (inner < n_inner - start) | EVEN
-            rows = tl.load(a_at, mask=row_fits[:, None] & inner_fits[None, :], other=0.0)
-            weights = tl.load(w_at, mask=inner_fits[:, None] & outer_fits[None, :], other=0.0)
+            if ROWS_BY_TMA:
+                rows = a.load([first, start])
+            else:
+                rows = tl.load(a_at, mask=inner_fits[None, :], other=0.0)
+                a_at += BLOCK_INNER
+            if WEIGHTS_BY_TMA:
+                weights = weight_tile(w, expert, first_outer, start, BLOCK_OUTER, BLOCK_INNER, INNER_LAST)
+            else:
+                weights = tl.load(w_at, mask=inner_fits[:, None] & outer_fits[None, :], other=0.0)
             total = tl.dot(rows, weights, total, input_precision=PRECISION)
             if IS_GATED:
-                weights = tl.load(w_at + n_outer * stride_wb, mask=inner_fits[:, None] & outer_fits[None, :], other=0.0)
+                if WEIGHTS_BY_TMA:
+                    weights = weight_tile(w, expert, n_outer + first_outer, start, BLOCK_OUTER, BLOCK_INNER, INNER_LAST)
+                else:
+                    weights = tl.load(w_at + n_outer * stride_wb, mask=inner_fits[:, None] & outer_fits[None, :], other=0.0)
                 second = tl.dot(rows, weights, second, input_precision=PRECISION)
-            a_at += BLOCK_INNER
-            w_at += BLOCK_INNER * stride_wa
-        fits = row_fits[:, None] & outer_fits[None, :]
+            if not WEIGHTS_BY_TMA:
+                w_at += BLOCK_INNER * stride_wa
+        fits = (tl.arange(0, BLOCK_ROWS) <= last - first)[:, None] & outer_fits[None, :]
+        if BIASED:
+            bias_at = bias + expert * (2 * n_outer if IS_GATED else n_outer) + outer
+            total += tl.load(bias_at, mask=outer_fits, other=0.0).to(tl.float32)[None, :]
+            if IS_GATED:
+                second += tl.load(bias_at + n_outer, mask=outer_fits, other=0.0).to(tl.float32)[None, :]
         if KEEP:
-            first_at = kept + tl.load(tile_start + tile).to(tl.int64) * stride_kept
+            first_at = kept + first.to(tl.int64) * stride_kept
             kept_at = tl.arange(0, BLOCK_ROWS)[:, None] * stride_kept + outer[None, :]
             tl.store(first_at + kept_at, total.to(kept.dtype.element_ty), mask=fits)
             if IS_GATED:
                 tl.store(first_at + n_outer + kept_at, second.to(kept.dtype.element_ty), mask=fits)
         if ACTIVATION != "none":
             total = value(total, second, ACTIVATION)
-        out_at = tl.arange(0, BLOCK_ROWS)[:, None] * stride_out + outer[None, :]
-        tl.store(out + tl.load(tile_start + tile).to(tl.int64) * stride_out + out_at, total.to(out.dtype.element_ty), mask=fits)
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """Tile sizes and launch parameters."""
-
-    rows: int = 128
-    outer: int = 128
-    inner: int = 64
-    warps: int = 8
-    stages: int = 3
-
-
-Kernel = Literal["plain", "gated", "gradient"]
-
-
-def usual_blocks(generation: int, element_bytes: int, kernel: Kernel) -> Blocks:
-    """Those of a GPU whose compute capability begins with `generation`, for elements of 2 or 4 bytes.
-
-    A gated activation needs two sums of a tile at once. Before Hopper, 128 x 128 of each do not fit into registers together with the operands:
-    3,880 bytes a thread were spilled on sm_80. With 64 float32 of the inner width at a time, its tiles need 294,912 bytes of shared
-    memory on sm_90, which has 232,448. The hidden layer's gradient holds six tiles when it ends: of 128 x 128 it spills 1,496 bytes
-    on sm_90. The up-projection fits because its stores go from a scalar base with
-    32-bit offsets. `kernels.aot` checks all of this.
-    """
-    outer = 128
-    if kernel == "gated" and generation < 9:
-        outer = 64
-    if kernel == "gradient":
-        outer = 128 // element_bytes
-    return Blocks(outer=outer, inner=128 // element_bytes)
-
-
-def usual(a: Tensor, kernel: Kernel) -> Blocks:
-    """`usual_blocks` for `a`'s device and type; without a CUDA device those of Hopper."""
-    generation = torch.cuda.get_device_capability(a.device)[0] if a.is_cuda else 9
-    return usual_blocks(generation, a.element_size(), kernel)
+        total = total.to(out.dtype.element_ty)
+        if OUT_BY_TMA and last - first >= BLOCK_ROWS - 1:
+            out_tma.store([first, first_outer], total)
+        else:
+            out_at = tl.arange(0, BLOCK_ROWS)[:, None] * stride_out + outer[None, :]
+            tl.store(out + first.to(tl.int64) * stride_out + out_at, total, mask=fits)
 
 
 def grouped_gemm(
@@ -147,6 +145,7 @@ def grouped_gemm(
     *,
     gather: bool,
     activation: str = "none",
+    bias_EB: Tensor | None = None,
     kept: Tensor | None = None,
     blocks: Blocks | None = None,
     precision: str = "tf32",
@@ -155,24 +154,36 @@ def grouped_gemm(
 
     `a` is [T, A] with `gather`, else [R, A] in sorted order; `w_EBA` has any strides. With an `activation` (as in `kernels.activation`),
     it is applied; w is [E, 2B, A] for the gated ones, gate rows first, and `kept`, [R, rows of w], takes what it was applied to.
-    Products accumulate in float32; `precision` ("tf32", "ieee") is that of float32 inputs. `tiles` must have been cut with
-    blocks.rows (`Blocks().rows` without `blocks`). The twin is `grouped_gemm_naive.grouped_gemm`.
+    `bias_EB` [E, rows of w] is added before. Products accumulate in float32; `precision` is that of float32 inputs: "tf32", or "tf32x3" (three
+    products of parts, to about float32's own). `tiles` must have been cut with blocks.rows (`Blocks().rows` without `blocks`). The twin is
+    `grouped_gemm_naive.grouped_gemm`.
     """
     gated = activation in GATED
-    blocks = blocks or usual(a, "gated" if gated else "plain")
     n_experts, n_outer, n_inner = w_EBA.shape
     n_outer = n_outer // 2 if gated else n_outer
+    blocks = blocks or usual(a, "up" if gather else "down", gated=gated, n_outer=n_outer)
     a = a if a.stride(-1) == 1 else a.contiguous()
     out = a.new_empty(len(tiles.token_R), n_outer)
-    grid = (len(tiles.expert_M), triton.cdiv(n_outer, blocks.outer))
-    if grid[0] == 0:
+    n_tiles, n_columns = len(tiles.expert_M), triton.cdiv(n_outer, blocks.outer)
+    if n_tiles == 0:
         return out
-    _grouped_gemm[grid](
-        a, w_EBA, out, out if kept is None else kept, tiles.token_R, tiles.end_E, tiles.expert_M, tiles.start_M,
-        n_inner, n_outer, a.stride(0), w_EBA.stride(0), w_EBA.stride(1), w_EBA.stride(2), out.stride(0), 0 if kept is None else kept.stride(0),
-        N_EXPERTS=n_experts, GATHER=gather, ACTIVATION=activation, IS_GATED=gated, KEEP=kept is not None,
+    rows_tma = None if gather else descriptor(a, [blocks.rows, blocks.inner], precision=precision)
+    w_tma = weight_descriptor(w_EBA, blocks.outer, blocks.inner, precision=precision)
+    out_tma = descriptor(out, [blocks.rows, blocks.outer]) if activation == "none" else None  # beside an activation it takes too many registers
+    _grouped_gemm[(n_tiles * n_columns,)](
+        rows_tma or a, w_tma or w_EBA, bias_EB if bias_EB is None else bias_EB.contiguous(), out, out_tma, kept,
+        tiles.token_R, tiles.end_E, tiles.expert_M, tiles.start_M, n_experts, n_tiles, n_inner, n_outer,
+        a.stride(0), *w_EBA.stride(), out.stride(0), 0 if kept is None else kept.stride(0),
+        GATHER=gather, ACTIVATION=activation, IS_GATED=gated, BIASED=bias_EB is not None, KEEP=kept is not None,
         EVEN=n_inner % blocks.inner == 0 and n_outer % blocks.outer == 0, PRECISION=precision,
-        BLOCK_ROWS=blocks.rows, BLOCK_OUTER=blocks.outer, BLOCK_INNER=blocks.inner,
+        ROWS_BY_TMA=rows_tma is not None, WEIGHTS_BY_TMA=w_tma is not None, OUT_BY_TMA=out_tma is not None, INNER_LAST=w_EBA.stride(2) == 1,
+        BLOCK_ROWS=blocks.rows, BLOCK_OUTER=blocks.outer, BLOCK_INNER=blocks.inner, GROUP=blocks.group,
         num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
     return out
+
+
+def usual(a: Tensor, kernel: Kernel, *, gated: bool, n_outer: int) -> Blocks:
+    """`usual_blocks` for `a`'s device and type; without a CUDA device those of Hopper."""
+    generation = torch.cuda.get_device_capability(a.device)[0] if a.is_cuda else 9
+    return usual_blocks(generation, a.element_size(), kernel, gated=gated, n_outer=n_outer)

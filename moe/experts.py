@@ -42,17 +42,19 @@ class Experts(nn.Module):
         expert_TK: Tensor,
         gate_TK: Tensor,
         capacity: int | None = None,
+        most_rows: int | None = None,
         beside: Callable[[], Tensor] | None = None,
         laps: Laps | None = None,
     ) -> Routed:
         """sum_k gate_tk * FFN_expert_tk(x_t); expert E stands for a dropped assignment. Under autocast in its dtype.
 
-        With a `capacity`, which no expert may exceed, every expert runs over exactly so many rows. `beside` is run too, while rows travel
+        With a `capacity`, which no expert may exceed, every expert runs over exactly so many rows; `most_rows` as in
+        `dispatch.expert_ffn`. `beside` is run too, while rows travel
         where the experts are spread over ranks.
         """
         x_TD = x_TD.to(product_dtype(x_TD))
         if self.mesh is None:
-            y_TD = self._here(x_TD, expert_TK, gate_TK, capacity, laps)
+            y_TD = self._here(x_TD, expert_TK, gate_TK, capacity, most_rows, laps)
             return Routed(y_TD, None, None if beside is None else beside())
 
         n_slots = self.n_experts
@@ -62,7 +64,7 @@ class Experts(nn.Module):
             expert_TK, n_slots = self.slots.spread(expert_TK), self.slots.total
 
         def here(x_MD: Tensor, expert_M1: Tensor, gate_M1: Tensor) -> Tensor:
-            return self._here(x_MD, expert_M1, gate_M1, None, laps)
+            return self._here(x_MD, expert_M1, gate_M1, None, None, laps)
 
         return parallel.expert_ffn(x_TD, expert_TK, gate_TK, n_slots, self.mesh, here, beside, laps)
 
@@ -75,10 +77,10 @@ class Experts(nn.Module):
             whole = torch.empty(self.n_experts, *weight.shape[1:], dtype=weight.dtype, device=weight.device)
             weight.copy_(whole.normal_(0.0, std)[self.mesh.held(self.n_experts)])
 
-    def _here(self, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, capacity: int | None, laps: Laps | None) -> Tensor:
+    def _here(self, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, capacity: int | None, most_rows: int | None, laps: Laps | None) -> Tensor:
         """With the experts that this rank holds, numbered from 0."""
         lap = None if laps is None else laps.mark
-        y_TD = dispatch.expert_ffn(x_TD, self.w_in, self.w_out, expert_TK, gate_TK, self.activation, self.b_in, capacity, lap)
+        y_TD = dispatch.expert_ffn(x_TD, self.w_in, self.w_out, expert_TK, gate_TK, self.activation, self.b_in, capacity, most_rows, lap)
         if laps is not None:
             y_TD = laps.enter("combine", y_TD)
         if self.b_out is None:

@@ -55,7 +55,9 @@ class MoeLayer(nn.Module):
             expert_TK, gate_TK, dropped_E, rerouted = dispatch.place(decision, self.router, most, self.spec.capacity)
             if rerouted is not None:
                 decision = decision._replace(figures={**decision.figures, "rerouted": rerouted})
-        routed = self._routed(x_TD, expert_TK, gate_TK, most if self.spec.capacity.padded else None, x_BSD, context)
+        else:
+            most = self.router.most_per_expert(len(x_TD))
+        routed = self._routed(x_TD, expert_TK, gate_TK, most, x_BSD, context)
         y_BSD = routed.y_TD.view_as(x_BSD)
         if routed.beside is not None:
             y_BSD = self._with_shared(y_BSD, routed.beside, x_BSD)
@@ -69,15 +71,16 @@ class MoeLayer(nn.Module):
         stats, choice = layer_stats(decision, count_E, dropped_E, loss_N)._replace(sent_P=routed.sent_P), Choice(expert_TK, gate_TK.detach())
         return LayerOutput(y_BSD, weighted, stats, balance.mean_prob(decision), decision.log_prob_T, choice)
 
-    def _routed(self, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, capacity: int | None, x_BSD: Tensor, context: Context) -> Routed:
-        """The routed experts' sum, [T, D], and the shared experts' output beside it."""
+    def _routed(self, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, most: int | None, x_BSD: Tensor, context: Context) -> Routed:
+        """The routed experts' sum, [T, D], where an expert takes `most` assignments, and the shared experts' output beside it."""
+        limits = most if self.spec.capacity.padded else None, most and self.spec.n_experts * most
         x_TD = context.enter("dispatch", x_TD)
         beside = None if self.shared is None else partial(self._shared, self.shared, x_BSD, context)
         if not self.router.gate_on_input:
-            return self.experts(x_TD, expert_TK, gate_TK, capacity, beside, context.laps)  # type: ignore[no-any-return]
+            return self.experts(x_TD, expert_TK, gate_TK, *limits, beside, context.laps)  # type: ignore[no-any-return]
         scaled_TKD = x_TD[:, None] * gate_TK[:, :, None].to(x_TD.dtype)
         rows_R1 = expert_TK.view(-1, 1), torch.ones_like(gate_TK).view(-1, 1)
-        routed: Routed = self.experts(scaled_TKD.flatten(0, 1), *rows_R1, capacity, beside, context.laps)
+        routed: Routed = self.experts(scaled_TKD.flatten(0, 1), *rows_R1, *limits, beside, context.laps)
         return routed._replace(y_TD=routed.y_TD.view_as(scaled_TKD).sum(1))
 
     def _shared(self, shared: FeedForward, x_BSD: Tensor, context: Context) -> Tensor:

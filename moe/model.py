@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -187,7 +188,7 @@ class Transformer(nn.Module):
             if isinstance(module, Experts) and module.mesh is not None:
                 module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
         blocks = [*self.blocks, *(module.block for module in self.mtp)]
-        options = {"fallback_random": True} if backend == "inductor" else None  # the draws that it makes uncompiled
+        options: dict[str, Any] | None = {"fallback_random": True} if backend == "inductor" else None  # the draws that it makes uncompiled
         self._compiled = {block: torch.compile(block, backend=backend, fullgraph=whole, options=options) for block in blocks}
 
     @property

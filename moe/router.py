@@ -47,6 +47,10 @@ class Router(nn.Module):
         """`forward`, outside autocast."""
         raise NotImplementedError
 
+    def most_per_expert(self, n_tokens: int) -> int | None:
+        """How many of `n_tokens` one expert takes at most, where the rule itself says so."""
+        return None
+
     def gates(self, logits_TE: Tensor, score_TE: Tensor, expert_TK: Tensor) -> Tensor:
         """The gates of `expert_TK`, also of other experts than were decided on; no entry may be E."""
         raise NotImplementedError

@@ -22,7 +22,7 @@ class ExpertChoiceRouter(ScoringRouter):
         """Decide. Slots of a token beyond its experts hold E and gate 0; the figure unserved_tokens is the share without any."""
         logits_TE = self.logits(self.prepared(x_TD))
         prob_TE = logits_TE.softmax(-1)
-        most = math.ceil(self.top_k * len(x_TD) / self.n_experts)
+        most = self.most_per_expert(len(x_TD))
         taken_TE = torch.zeros_like(prob_TE, dtype=torch.bool).scatter_(0, prob_TE.detach().topk(most, dim=0).indices, True)
         expert_TK = top_k(prob_TE.detach().masked_fill(~taken_TE, -1.0), self.width(taken_TE))
         empty_TK = ~taken_TE.gather(-1, expert_TK)
@@ -30,7 +30,14 @@ class ExpertChoiceRouter(ScoringRouter):
         unserved = (~taken_TE.any(-1)).float().mean()
         return Decision(logits_TE, prob_TE, expert_TK.masked_fill(empty_TK, self.n_experts), gate_TK, figures={"unserved_tokens": unserved})
 
+    def most_per_expert(self, n_tokens: int) -> int:
+        """C."""
+        return math.ceil(self.top_k * n_tokens / self.n_experts)
+
     def width(self, taken_TE: Tensor) -> int:
-        """K. Off the CPU, and compiled, it is E: to look for it would wait for the device, and empty slots cost only places in a sort there."""
+        """K. Off the CPU, and compiled, it is E: to look for it would wait for the device, and empty slots cost only places in a sort there.
+
+        The experts' buffers have room for E * C rows, not for T * E: see `most_per_expert`.
+        """
         looks = taken_TE.device.type == "cpu" and not torch.compiler.is_compiling()
         return int(taken_TE.sum(-1).max()) if looks else self.n_experts

@@ -292,14 +292,12 @@ class Training:
     def implementations(self) -> dict[str, str]:
         """Which implementation runs each operation."""
         moe, dtype = self.spec.model.moe, torch.bfloat16 if self.spec.training.precision == "bfloat16" else torch.float32
-        biased, padded = moe is not None and moe.bias == "expert", moe is not None and moe.capacity.padded
+        padded = moe is not None and moe.capacity.padded
         masked = is_masked(self.spec.model) or self.spec.data.packing == "documents"
         aligned = moe is None or is_aligned(self.spec.model.d_model, moe.d_expert)
         scored = (moe.n_experts, moe.top_k) if moe is not None and takes_highest(moe.router.kind) else None
         compiled = self.spec.training.compile
-        return implementations(
-            self.ranks.device, dtype, biased=biased, padded=padded, masked=masked, aligned=aligned, compiled=compiled, scored=scored
-        )
+        return implementations(self.ranks.device, dtype, padded=padded, masked=masked, aligned=aligned, compiled=compiled, scored=scored)
 
     def _report(self, lesson: Lesson) -> None:
         spec, step, figures = self.spec, lesson.step, lesson.figures

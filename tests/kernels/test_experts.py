@@ -157,18 +157,34 @@ def test_unknown_activation_is_refused():
         hidden(torch.ones(2), "swish")
 
 
-def test_the_run_page_is_told_what_runs():
-    assert dispatch.implementations("cpu", torch.float32) == {
-        "expert_ffn": "cpu", "expert_ffn (evaluation)": "cpu", "router": "torch", "attention": "sdpa", "rms_norm": "cpu",
-    }  # fmt: skip
+def test_the_run_page_is_told_what_runs(monkeypatch):
+    assert dispatch.implementations("cpu", torch.float32) == {"expert_ffn": "cpu", "router": "torch", "attention": "sdpa", "rms_norm": "cpu"}
     assert dispatch.implementations("cpu", scored=(8, 2))["router"] == "torch"
+    assert dispatch.implementations("cpu", padded=True)["expert_ffn"] == dispatch.implementations("cuda", padded=True)["expert_ffn"] == "padded"
+    monkeypatch.setattr(dispatch, "HAS_TRITON", True)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        assert dispatch.implementations("cuda", dtype, aligned=False)["expert_ffn"] == "triton"
+    assert dispatch.implementations("cuda", torch.float64)["expert_ffn"] == "naive"
     assert dispatch.implementations("cuda", scored=(128, 8))["router"] == "triton"
     assert dispatch.implementations("cuda", scored=(2048, 8))["router"] == "torch"  # a row of scores is one tile
-    assert dispatch.implementations("cuda", torch.bfloat16)["expert_ffn"] == "grouped_mm"
-    assert dispatch.implementations("cuda", torch.bfloat16, biased=True)["expert_ffn (evaluation)"] == "grouped_mm"  # Triton takes no biases
-    assert dispatch.implementations("cpu", padded=True)["expert_ffn"] == "padded"
+    monkeypatch.setattr(dispatch, "HAS_TRITON", False)
+    assert dispatch.implementations("cuda", scored=(128, 8))["router"] == "torch"
     assert dispatch.implementations("cuda", torch.bfloat16, aligned=dispatch.is_aligned(64, 96))["expert_ffn"] == "grouped_mm"
     assert dispatch.implementations("cuda", torch.bfloat16, aligned=dispatch.is_aligned(64, 100))["expert_ffn"] == "naive"  # 200 bytes
+
+
+def test_what_runs_the_experts_on_a_gpu_can_be_chosen(monkeypatch):
+    monkeypatch.setattr(dispatch, "HAS_TRITON", True)
+    for wanted in ("triton", "grouped_mm", "naive"):
+        monkeypatch.setattr(dispatch, "WANTED", wanted)
+        assert dispatch.implementations("cuda", torch.bfloat16)["expert_ffn"] == wanted
+        assert dispatch.implementations("cpu", torch.bfloat16)["expert_ffn"] == "cpu"
+    monkeypatch.setattr(dispatch, "WANTED", "grouped_mm")
+    with pytest.raises(ValueError, match="MOELAB_EXPERTS is 'grouped_mm'; what can run experts in float32 on cuda here: triton, naive"):
+        dispatch.implementations("cuda", torch.float32)
+    monkeypatch.setattr(dispatch, "WANTED", "cutlass")
+    with pytest.raises(ValueError, match="cutlass"):
+        dispatch.implementations("cuda", torch.bfloat16)
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "relu"])
