@@ -1,7 +1,7 @@
 """What needs a CUDA device, in one call under ten minutes: `make gpu` or `python -m benchmarks.gpu`. Prints one JSON object.
 
-Numerics of every Triton operation against float64, determinism over 40 repeats, `benchmarks.kernels` and `benchmarks.train_gpu`. Needs
-torch, triton and numpy alone, but for the last, which wants moelab with its extra `train`, and transformers.
+Numerics of every Triton operation against float64, determinism over 40 repeats, the layer in a CUDA graph, `benchmarks.kernels` and
+`benchmarks.train_gpu`. Needs torch, triton and numpy alone, but for the last, which wants moelab with its extra `train`, and transformers.
 The figures also go to benchmarks/results/gpu-DATE-DEVICE.json. Exit code 1 where a check fails, 3 without a device.
 """
 
@@ -109,6 +109,7 @@ def numerics(device: str = "cuda", shapes: tuple[tuple[int, int, int, int, int],
 
 def determinism(device: str = "cuda") -> tuple[dict[str, int], list[str]]:
     """How many of the repeats gave the very bits of the first, forward and backward, of Triton's and torch's layer."""
+    from benchmarks import gpu_routing
     from benchmarks.kernels import Layer, Shape
     from kernels import experts_grouped, experts_triton
 
@@ -116,9 +117,10 @@ def determinism(device: str = "cuda") -> tuple[dict[str, int], list[str]]:
     layer = Layer.random(Shape(tokens=4096, width=512, expert_width=256, experts=64, top_k=8), device)
 
     works: dict[str, Callable[[], tuple[Tensor, ...]]] = {
-        "triton forward+backward": lambda: layer.moe_and_gradients(experts_triton.expert_ffn),
+        "triton forward+backward": lambda: layer.moe_and_gradients(experts_triton.expert_ffn, Layer.route_triton),
         "grouped_mm forward+backward": lambda: layer.moe_and_gradients(experts_grouped.expert_ffn),
     }
+    works |= gpu_routing.repeated(device)
     equal: dict[str, int] = {}
     for name, work in works.items():
         first = work()
@@ -155,15 +157,19 @@ def check() -> int:
         print("No CUDA device: these checks and figures need one. `make kernels-aot` compiles the kernels without.", file=sys.stderr)
         return 3
     started = time.monotonic()
+    from benchmarks import gpu_routing
     from benchmarks.kernels import benchmark
 
     errors, wrong = numerics()
+    routed, misrouted = gpu_routing.numerics("cuda", ROUTINGS, tuple(shape[:3] for shape in (*SHAPES, (32768, 8, 128, 0, 0))))
     equal, uneven = determinism()
-    failures = wrong + uneven
+    graph, torn = gpu_routing.replay()
+    failures = wrong + misrouted + uneven + torn
     for line in failures:
         print(line, file=sys.stderr)
     date = time.strftime("%Y-%m-%d", time.gmtime())
-    figures = {"date": date, "versions": versions(), "failures": failures, "errors": errors, "repeats": REPEATS, "equal_repeats": equal}
+    figures: dict[str, Any] = {"date": date, "versions": versions(), "failures": failures, "errors": errors | routed, "graph": graph}
+    figures |= {"repeats": REPEATS, "equal_repeats": equal}
     figures |= {"benchmark": benchmark(), "training": training(), "seconds": round(time.monotonic() - started, 1)}
     RESULTS.mkdir(exist_ok=True)
     device = re.sub(r"\W+", "-", torch.cuda.get_device_name()).strip("-").lower()

@@ -19,13 +19,15 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from kernels import experts_grouped, experts_triton
+from kernels import dispatch, experts_grouped, experts_triton, router_naive
 from kernels.activation import hidden
 from kernels.combine_triton import combine
 from kernels.grouped_gemm_triton import Blocks, grouped_gemm, make_tiles
+from kernels.router_naive import Rule
 
 Work = Callable[[], object]
 Ffn = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, str], Tensor]
+Route = Callable[["Layer"], tuple[Tensor, Tensor]]
 BLOCKS = (None, Blocks(stages=4), Blocks(rows=64, warps=4, stages=4), Blocks(inner=32, stages=4))
 WARM_UP, ROUNDS = 3, 20
 
@@ -86,16 +88,29 @@ class Layer:
         gate_TK, expert_TK = torch.softmax(self.x_TD @ self.w_router_ED.T, -1, dtype=torch.float32).topk(self.top_k)
         return expert_TK, gate_TK
 
-    def moe(self, ffn: Ffn) -> Tensor:
-        """The whole layer with one implementation of the experts."""
-        expert_TK, gate_TK = self.route()
+    def route_triton(self) -> tuple[Tensor, Tensor]:
+        """As `route`, by our kernel."""
+        routed = dispatch.route(self.logits(), None, Rule(self.top_k))
+        return routed.expert_TK, routed.gate_TK
+
+    def logits(self) -> Tensor:
+        """float32[T, E]."""
+        return (self.x_TD @ self.w_router_ED.T).float()
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The input and all weights."""
+        return self.x_TD, self.w_router_ED, self.w_in_EHD, self.w_out_EDF
+
+    def moe(self, ffn: Ffn, route: Route = route) -> Tensor:
+        """The whole layer with one implementation of the router and one of the experts."""
+        expert_TK, gate_TK = route(self)
         return ffn(self.x_TD, self.w_in_EHD, self.w_out_EDF, expert_TK, gate_TK, "swiglu")
 
-    def moe_and_gradients(self, ffn: Ffn) -> tuple[Tensor, ...]:
+    def moe_and_gradients(self, ffn: Ffn, route: Route = route) -> tuple[Tensor, ...]:
         """The layer's output and the gradients of its input and all its weights."""
-        y_TD = self.moe(ffn)
-        inputs = (self.x_TD, self.w_router_ED, self.w_in_EHD, self.w_out_EDF)
-        return y_TD, *torch.autograd.grad(y_TD, inputs, torch.ones_like(y_TD))
+        y_TD = self.moe(ffn, route)
+        return y_TD, *torch.autograd.grad(y_TD, self.tensors, torch.ones_like(y_TD))
 
 
 def _without_gradients(work: Work) -> Work:
@@ -107,7 +122,7 @@ def _without_gradients(work: Work) -> Work:
 
 
 def _triton(layer: Layer, blocks: Blocks | None) -> Work:
-    return _without_gradients(lambda: layer.moe(partial(experts_triton.expert_ffn, blocks=blocks)))
+    return _without_gradients(lambda: layer.moe(partial(experts_triton.expert_ffn, blocks=blocks), Layer.route_triton))
 
 
 def _dense(x_TD: Tensor, w_in_GD: Tensor, w_out_DF: Tensor) -> Tensor:
@@ -130,7 +145,7 @@ def contestants(shape: Shape, layer: Layer) -> dict[str, tuple[Work, int]]:
     return found | {
         "grouped_mm forward": (_without_gradients(lambda: layer.moe(experts_grouped.expert_ffn)), forward),
         "dense forward": (_without_gradients(lambda: _dense(*inputs)), forward),
-        "triton forward+backward": (lambda: layer.moe_and_gradients(experts_triton.expert_ffn), both),
+        "triton forward+backward": (lambda: layer.moe_and_gradients(experts_triton.expert_ffn, Layer.route_triton), both),
         "grouped_mm forward+backward": (lambda: layer.moe_and_gradients(experts_grouped.expert_ffn), both),
         "dense forward+backward": (dense_and_gradients, both),
     }
@@ -147,12 +162,16 @@ def parts(shape: Shape, layer: Layer) -> dict[str, tuple[Work, int]]:
     """The steps of the layer in Triton with the usual blocks, each alone; FLOPs are those of its own products."""
     with torch.no_grad():
         expert_TK, gate_TK = layer.route()
+        logits_TE, rule = layer.logits(), Rule(shape.top_k)
         tiles = make_tiles(expert_TK, shape.experts, Blocks().rows)
         act_RF = grouped_gemm(layer.x_TD, layer.w_in_EHD, tiles, gather=True, activation="swiglu")
         y_RD = grouped_gemm(act_RF, layer.w_out_EDF, tiles, gather=False)
     works: dict[str, tuple[Work, int]] = {
-        "router": (layer.route, 0),
-        "tiles": (lambda: make_tiles(expert_TK, shape.experts, Blocks().rows), 0),
+        "router, with its product": (layer.route_triton, 0),
+        "router": (lambda: dispatch.route(logits_TE, None, rule), 0),
+        "router, torch": (lambda: router_naive.route(logits_TE, None, rule), 0),
+        "tiles": (lambda: dispatch.make_tiles(expert_TK, shape.experts, Blocks().rows), 0),
+        "tiles, by torch's sort": (lambda: make_tiles(expert_TK, shape.experts, Blocks().rows), 0),
         "up": (lambda: grouped_gemm(layer.x_TD, layer.w_in_EHD, tiles, gather=True, activation="swiglu"), shape.forward_flops // 3 * 2),
         "down": (lambda: grouped_gemm(act_RF, layer.w_out_EDF, tiles, gather=False), shape.forward_flops // 3),
         "combine": (lambda: combine(y_RD, tiles.row_TK, gate_TK, tiles.end_E[-1:]), 0),

@@ -70,6 +70,16 @@ def gpu_rows(record: Mapping[str, Any] | None) -> Iterator[tuple[str, str]]:
         layers = measured.get(json.dumps(vars(shape), sort_keys=True), {})
         figures = [_against_peers(layers, way) for way in ("forward", "forward+backward")]
         yield f"MoE layer on a GPU, {size}: forward; with backward", "; ".join(figures) if layers else NOT_MEASURED
+    yield "training step on a GPU, four layers of OLMoE's shape in bfloat16: MFU; tokens/s against transformers; telemetry", _whole_step(record)
+
+
+def _whole_step(record: Mapping[str, Any] | None) -> str:
+    targets = (record or {}).get("training", {}).get("targets")
+    if targets is None:
+        return NOT_MEASURED
+    mfu, ratio, percent = (targets[name]["value"] for name in ("mfu", "ratio", "telemetry_percent"))
+    figures = [NOT_MEASURED if mfu is None else f"{mfu:.1%}", NOT_MEASURED if ratio is None else f"{ratio:.2f} ×", f"{percent:.2f} % of the step"]
+    return "; ".join(figures)
 
 
 def _against_peers(layers: Mapping[str, Mapping[str, Any]], way: str) -> str:

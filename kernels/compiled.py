@@ -79,8 +79,9 @@ def _keep_experts(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 
 
 def _gradients_of_experts(ctx: Any, dy_TD: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    *gradients, db_in_EH = _experts_backward(dy_TD, *ctx.saved_tensors, ctx.activation)
-    return *gradients, db_in_EH if ctx.saved_tensors[4] is not None else None, None, None
+    saved = ctx.saved_tensors  # once: where activations are recomputed, this does it
+    *gradients, db_in_EH = _experts_backward(dy_TD, *saved, ctx.activation)
+    return *gradients, db_in_EH if saved[4] is not None else None, None, None
 
 
 _experts.register_autograd(_gradients_of_experts, setup_context=_keep_experts)
@@ -161,8 +162,9 @@ def _keep_masked(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gradients_of_masked(ctx: Any, dy_NJSV: Tensor) -> tuple[Tensor | None, ...]:
-    dq, dk, dv, dsink_H = _masked_backward(dy_NJSV, *ctx.saved_tensors, ctx.limits, ctx.scale)
-    return dq, dk, dv, dsink_H if ctx.saved_tensors[3] is not None else None, None, None, None
+    saved = ctx.saved_tensors
+    dq, dk, dv, dsink_H = _masked_backward(dy_NJSV, *saved, ctx.limits, ctx.scale)
+    return dq, dk, dv, dsink_H if saved[3] is not None else None, None, None, None
 
 
 _masked.register_autograd(_gradients_of_masked, setup_context=_keep_masked)

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import attention_cpu, attention_masked, experts_cpu, experts_grouped, experts_naive, experts_padded, rms_norm_cpu
+from kernels import attention_cpu, attention_masked, experts_cpu, experts_grouped, experts_naive, experts_padded, rms_norm_cpu, router_naive
 from kernels import expert_linear as linear
+
+if TYPE_CHECKING:
+    from kernels.grouped_gemm_triton import Tiles
+
+_HAS_TRITON = find_spec("triton") is not None  # asked once: a compiled layer must not look for modules
 
 
 def expert_ffn(
@@ -61,14 +67,39 @@ def is_aligned(*widths: int) -> bool:
     return all(width % 8 == 0 for width in widths)
 
 
+def make_tiles(expert_TK: Tensor, n_experts: int, block_rows: int) -> Tiles:
+    """Assignments sorted by expert and cut into tiles, for `expert_ffn` in Triton."""
+    if expert_TK.device.type == "cuda":
+        from kernels import tiles_triton
+
+        return tiles_triton.make_tiles(expert_TK, n_experts, block_rows)
+    from kernels import grouped_gemm_triton
+
+    return grouped_gemm_triton.make_tiles(expert_TK, n_experts, block_rows)
+
+
 def _expert_ffn(device: str, dtype: torch.dtype, *, training: bool, biased: bool = False, padded: bool = False, aligned: bool = True) -> str:
     if padded:
         return "padded"
     if device == "cpu":
         return "cpu"
-    if device == "cuda" and not training and not biased and find_spec("triton"):
+    if device == "cuda" and not training and not biased and _HAS_TRITON:
         return "triton"
     return "grouped_mm" if device == "cuda" and dtype == torch.bfloat16 and aligned else "naive"
+
+
+def route(logits_TE: Tensor, bias_E: Tensor | None, rule: router_naive.Rule) -> router_naive.Routed:
+    """The k experts of highest choice for every token, with their gates, counts and mean probabilities (see router_naive.route)."""
+    if _route(logits_TE.device.type, logits_TE.dtype, logits_TE.shape[1], rule.top_k) == "triton":
+        from kernels import router_triton
+
+        return router_triton.route(logits_TE, bias_E, rule)
+    return router_naive.route(logits_TE, bias_E, rule)
+
+
+def _route(device: str, dtype: torch.dtype, n_experts: int, top_k: int) -> str:
+    fits = dtype in (torch.float32, torch.bfloat16) and n_experts <= 1024 and top_k <= 32  # a tile holds whole rows
+    return "triton" if device == "cuda" and fits and _HAS_TRITON else "torch"
 
 
 def attend(q_BHSC: Tensor, k_BGSC: Tensor, v_BGSV: Tensor) -> Tensor:
@@ -122,17 +153,20 @@ def implementations(
     masked: bool = False,
     aligned: bool = True,
     compiled: bool = False,
+    scored: tuple[int, int] | None = None,
 ) -> dict[str, str]:
     """Operation to the implementation that runs it on `device` for products in `dtype`; shown on the run page.
 
     `biased`: the experts have biases; `padded`: they run over exactly their capacity; `masked`: some attention is not plainly causal;
-    `aligned`: see `is_aligned`, of the model's and the experts' widths; `compiled`: training's blocks go through torch.compile.
+    `aligned`: see `is_aligned`, of the model's and the experts' widths; `compiled`: training's blocks go through torch.compile; `scored`: experts
+    and k of a router that takes the k highest scores (others are plain torch).
     """
     kind = torch.device(device).type
     ours = kind == "cpu" and not compiled
     return {
         "expert_ffn": _expert_ffn(kind, dtype, training=True, biased=biased, padded=padded, aligned=aligned),
         "expert_ffn (evaluation)": _expert_ffn(kind, dtype, training=False, biased=biased, padded=padded, aligned=aligned),
+        "router": "torch" if scored is None else _route(kind, torch.float32, *scored),
         "attention": "cpu" if ours and dtype == torch.bfloat16 else "sdpa",
         **({"attention (masked)": "blocks"} if masked else {}),
         "rms_norm": "cpu" if ours else "torch",

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from kernels.activation import GATED
 from kernels.combine_triton import combine
+from kernels.dispatch import make_tiles
 from kernels.experts_backward_triton import hidden_gradient, weight_gradient
-from kernels.grouped_gemm_triton import Blocks, Kernel, Tiles, grouped_gemm, make_tiles, usual
+from kernels.grouped_gemm_triton import Blocks, Kernel, Tiles, grouped_gemm, usual
 
 SMALL = Blocks(rows=16, outer=16, inner=16, warps=4, stages=1)
 """For the interpreter, which takes as long for an empty tile as for a full one."""

@@ -48,7 +48,7 @@ class MoeLayer(nn.Module):
         x_TD = context.enter("router", x_BSD.flatten(0, 1))
         decision: Decision = self.router(x_TD, context.tokens_BS.flatten())
         expert_TK, gate_TK = decision.expert_TK, decision.gate_TK
-        count_E = balance.counts(expert_TK, self.spec.n_experts)
+        count_E = balance.counts(expert_TK, self.spec.n_experts) if decision.count_E is None else decision.count_E
         dropped_E = torch.zeros_like(count_E)
         most = dispatch.limit(self.spec.capacity, len(x_TD), self.spec.top_k, self.spec.n_experts, training=self.training)
         if most is not None:
@@ -67,7 +67,7 @@ class MoeLayer(nn.Module):
         if decision.loss is not None:
             weighted = weighted + decision.loss
         stats, choice = layer_stats(decision, count_E, dropped_E, loss_N)._replace(sent_P=routed.sent_P), Choice(expert_TK, gate_TK.detach())
-        return LayerOutput(y_BSD, weighted, stats, decision.prob_TE.mean(0), decision.log_prob_T, choice)
+        return LayerOutput(y_BSD, weighted, stats, balance.mean_prob(decision), decision.log_prob_T, choice)
 
     def _routed(self, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, capacity: int | None, x_BSD: Tensor, context: Context) -> Routed:
         """The routed experts' sum, [T, D], and the shared experts' output beside it."""
@@ -105,7 +105,7 @@ def layer_stats(decision: Decision, count_E: Tensor, dropped_E: Tensor, loss_N: 
     return LayerStats(
         expert_tokens_E=count_E,
         dropped_E=dropped_E,
-        router_prob_E=prob_TE.mean(0),
+        router_prob_E=balance.mean_prob(decision).detach().float(),
         balance_loss_N=torch.stack([loss.detach().float() for loss in loss_N]) if loss_N else prob_TE.new_zeros(0),
         router_entropy=-torch.dot(prob_TE.flatten(), prob_TE.clamp_min(1e-30).log_().flatten()) / len(prob_TE),
         max_logit=torch.maximum(-lowest, highest).float(),

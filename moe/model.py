@@ -187,7 +187,8 @@ class Transformer(nn.Module):
             if isinstance(module, Experts) and module.mesh is not None:
                 module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
         blocks = [*self.blocks, *(module.block for module in self.mtp)]
-        self._compiled = {block: torch.compile(block, backend=backend, fullgraph=whole) for block in blocks}
+        options = {"fallback_random": True} if backend == "inductor" else None  # the draws that it makes uncompiled
+        self._compiled = {block: torch.compile(block, backend=backend, fullgraph=whole, options=options) for block in blocks}
 
     def begin_step(self) -> None:
         """Called before the first micro-batch of an optimiser step: what balances over whole steps starts anew."""

@@ -34,6 +34,8 @@ class Decision(NamedTuple):
     choice_TE: Tensor | None = None  # detached: what the choice was made by (score and bias); -inf for experts outside the token's groups
     noise: Noise | None = None  # in training, where the router has any
     loss: Tensor | None = None  # what the router itself adds to the loss, weighted
+    count_E: Tensor | None = None  # int64: assignments of each expert, where the choice was counted as it was made
+    prob_E: Tensor | None = None  # mean of prob_TE over the tokens, likewise; differentiable
 
 
 class LayerStats(NamedTuple):

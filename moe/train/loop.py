@@ -20,6 +20,7 @@ import torch
 from kernels.dispatch import implementations, is_aligned
 from moe import balance
 from moe.attention import is_masked
+from moe.router_kinds import takes_highest
 from moe.train import checkpoint, handing, telemetry
 from moe.train.journal import Journal, duration
 from moe.train.learner import Learner, Lesson, Made
@@ -300,8 +301,11 @@ class Training:
         biased, padded = moe is not None and moe.bias == "expert", moe is not None and moe.capacity.padded
         masked = is_masked(self.spec.model) or self.spec.data.packing == "documents"
         aligned = moe is None or is_aligned(self.spec.model.d_model, moe.d_expert)
+        scored = (moe.n_experts, moe.top_k) if moe is not None and takes_highest(moe.router.kind) else None
         compiled = self.spec.training.compile
-        return implementations(self.ranks.device, dtype, biased=biased, padded=padded, masked=masked, aligned=aligned, compiled=compiled)
+        return implementations(
+            self.ranks.device, dtype, biased=biased, padded=padded, masked=masked, aligned=aligned, compiled=compiled, scored=scored
+        )
 
     def _report(self, lesson: Lesson) -> None:
         spec, step, figures = self.spec, lesson.step, lesson.figures

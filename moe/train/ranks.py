@@ -49,7 +49,7 @@ class Ranks:
         if self.size == 1:
             return vector[None]
         gathered = vector.new_empty(self.size, *vector.shape)
-        dist.all_gather_into_tensor(gathered.view(-1), vector.contiguous().view(-1))
+        dist.all_gather_single(gathered.view(-1), vector.contiguous().view(-1))
         return gathered
 
     def from_first(self, value: int) -> int:

@@ -159,8 +159,11 @@ def test_unknown_activation_is_refused():
 
 def test_the_run_page_is_told_what_runs():
     assert dispatch.implementations("cpu", torch.float32) == {
-        "expert_ffn": "cpu", "expert_ffn (evaluation)": "cpu", "attention": "sdpa", "rms_norm": "cpu",
+        "expert_ffn": "cpu", "expert_ffn (evaluation)": "cpu", "router": "torch", "attention": "sdpa", "rms_norm": "cpu",
     }  # fmt: skip
+    assert dispatch.implementations("cpu", scored=(8, 2))["router"] == "torch"
+    assert dispatch.implementations("cuda", scored=(128, 8))["router"] == "triton"
+    assert dispatch.implementations("cuda", scored=(2048, 8))["router"] == "torch"  # a row of scores is one tile
     assert dispatch.implementations("cuda", torch.bfloat16)["expert_ffn"] == "grouped_mm"
     assert dispatch.implementations("cuda", torch.bfloat16, biased=True)["expert_ffn (evaluation)"] == "grouped_mm"  # Triton takes no biases
     assert dispatch.implementations("cpu", padded=True)["expert_ffn"] == "padded"

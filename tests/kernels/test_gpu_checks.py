@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from benchmarks import gpu, kernels
-from kernels import combine_triton, experts_grouped
+from benchmarks import gpu, gpu_routing, kernels
+from kernels import combine_triton, experts_grouped, router_triton, tiles_triton
+from kernels.router_naive import Routed
 
 SHAPE = (9, 2, 3, 20, 24)
 
@@ -17,6 +21,7 @@ SHAPE = (9, 2, 3, 20, 24)
 def _interpretable(monkeypatch):
     """Only float32: the interpreter is slow, and wrong in bfloat16."""
     monkeypatch.setattr(gpu, "MOST", {torch.float32: 1e-3})
+    monkeypatch.setattr(gpu_routing, "MOST_ROUTED", {torch.float32: 1e-5})
 
 
 def test_the_kernels_pass(monkeypatch):
@@ -33,6 +38,42 @@ def test_a_wrong_kernel_fails(monkeypatch):
     monkeypatch.setattr(gpu, "ROUTINGS", ("spread", "all dropped"))
     _, failures = gpu.numerics("cpu", (SHAPE,))
     assert [failure.split(",")[:2] for failure in failures] == [["combine float32", " spread"]]
+
+
+def test_the_routing_kernels_pass(monkeypatch):
+    monkeypatch.setattr(gpu_routing, "ROUTED", {torch.float32: ((9, 16, 3),)})
+    errors, failures = gpu_routing.numerics("cpu", ("dropped",), ((37, 3, 6),))
+    assert failures == []
+    assert {"tiles", "route softmax order float32", "route groups by best two gradient float32"} <= set(errors)
+
+
+@pytest.mark.parametrize("what", ["expert_TK", "gate_TK", "count_E", "prob_E"])
+def test_a_wrong_router_fails(what, monkeypatch):
+    right = router_triton.route
+
+    def wrong(*inputs: Any) -> Routed:
+        routed = right(*inputs)
+        value = getattr(routed, what)
+        return routed._replace(**{what: value.flip(-1) if what == "expert_TK" else value * 2})
+
+    monkeypatch.setattr(router_triton, "route", wrong)
+    monkeypatch.setattr(gpu_routing, "ROUTED", {torch.float32: ((9, 8, 3),)})
+    _, failures = gpu_routing.numerics("cpu", (), ())
+    assert failures
+
+
+def test_a_wrong_sorting_fails(monkeypatch):
+    right = tiles_triton.make_tiles
+    monkeypatch.setattr(tiles_triton, "make_tiles", lambda *given: replace(right(*given), slot_R=right(*given).token_R))
+    monkeypatch.setattr(gpu_routing, "ROUTED", {torch.float32: ()})
+    _, failures = gpu_routing.numerics("cpu", ("spread",), ((37, 3, 6),))
+    assert failures == ["tiles, spread, T K E = (37, 3, 6): 1.10e+02 > 0e+00"]
+
+
+def test_what_is_repeated_gives_tensors(monkeypatch):
+    monkeypatch.setattr(gpu_routing, "REPEATED", (64, 16, 2))
+    works = gpu_routing.repeated("cpu")
+    assert all(torch.equal(a, b) for work in works.values() for a, b in zip(work(), work(), strict=True))
 
 
 def test_error_is_relative_and_sees_nan():

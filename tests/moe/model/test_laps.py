@@ -91,3 +91,26 @@ def test_parts_sum_to_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {(part, which): spent[i, j] for i, part in enumerate(PARTS) for j, which in enumerate(PASSES) if spent[i, j]} == {
         name: 1000.0 * seconds for name, seconds in wanted.items()
     }
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_device_marks_are_events_that_nobody_waits_for() -> None:
+    device = torch.device("cuda")
+    x = torch.randn(2048, 2048, device=device)
+    (x @ x).sum().item()
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        begin.record()
+        laps = Laps(device)
+        for part in ("router", "experts", "other"):
+            for _ in range(20):
+                x = x @ x / 2048
+            laps.mark(part)
+        end.record()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    spent = laps.milliseconds()
+    assert spent.sum() == pytest.approx(begin.elapsed_time(end), rel=0.05)
+    assert (spent[[PARTS.index("data"), PARTS.index("router"), PARTS.index("experts")], 0] > 0).all()

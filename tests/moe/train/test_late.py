@@ -72,7 +72,7 @@ def told(run: Run) -> list[dict[str, Any]]:
             names = event.names
         if isinstance(event, events.StepDone):
             scalars = {name: value for name, value in zip(names, event.scalars.tolist(), strict=True) if name not in SPEEDS}
-            tensors = {name: array.tolist() for name, array in event.tensors.items() if name != "phase_ms"}
+            tensors = {name: array.tolist() for name, array in event.tensors.items() if name not in ("phase_ms", "part_ms")}
             found.append({"step": event.step, **scalars, **tensors})
         elif isinstance(event, events.EvalDone | events.CheckpointSaved | events.SpikeDetected):
             found.append(event.model_dump(exclude={"at", "path", "seconds", "sha256", "size_bytes"}))
