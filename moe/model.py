@@ -190,6 +190,11 @@ class Transformer(nn.Module):
         options = {"fallback_random": True} if backend == "inductor" else None  # the draws that it makes uncompiled
         self._compiled = {block: torch.compile(block, backend=backend, fullgraph=whole, options=options) for block in blocks}
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether training goes through torch.compile."""
+        return bool(self._compiled)
+
     def begin_step(self) -> None:
         """Called before the first micro-batch of an optimiser step: what balances over whole steps starts anew."""
         if self.global_balance is not None:

@@ -131,7 +131,7 @@ class Learner:
 
     def learn(self, step: int, rate: float) -> tuple[Tensor, Tensor, Tensor, RoutingStats | None, Tensor | None]:
         """The step itself; this rank's mean losses, the gradient norm, the routing statistics and the extra predictions' loss, on the device."""
-        sampled = self.spec.telemetry.sampled(step) and not self.spec.training.compile  # a clock would break the graphs
+        sampled = self.spec.telemetry.sampled(step) and not self.model.is_compiled  # a clock would break the graphs
         self._clock = PhaseClock(telemetry.PHASES, self.ranks.device, Laps(self.ranks.device) if sampled else None)
         lm_loss, balance_loss, stats, mtp_loss = self._forward_backward(step)
         sharded.average_gradients(self.optimizer.parameters, self.ranks.size, self.ranks.mesh, self._clock.laps)
