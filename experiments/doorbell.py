@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 
@@ -10,6 +11,8 @@ from celery import Celery
 from django.conf import settings
 from django.db import transaction
 from kombu.exceptions import OperationalError
+
+from experiments.models import Worker
 
 TASK = "workers.look_for_work"
 QUEUE = "work"
@@ -30,12 +33,12 @@ def _publisher(broker_url: str) -> Celery:
     return app
 
 
-def ring() -> bool:
-    """Rings now; False (and a line in the log) if the broker does not take the message in time."""
+def ring(queue: str = QUEUE) -> bool:
+    """Rings now, one of all workers or the one of that queue; False (and a line in the log) if the broker does not take the message in time."""
     try:
         # One more try at once: the first may meet a connection that a broker's restart has cut.
         _publisher(settings.CELERY_BROKER_URL).send_task(
-            TASK, queue=QUEUE, ignore_result=True, expires=60, retry=True, retry_policy={"max_retries": 1, "interval_start": 0, "interval_step": 0}
+            TASK, queue=queue, ignore_result=True, expires=60, retry=True, retry_policy={"max_retries": 1, "interval_start": 0, "interval_step": 0}
         )
     except (OperationalError, OSError) as error:
         logger.warning("the workers' bell cannot be rung, they will be called again: %s", error)
@@ -57,3 +60,9 @@ def _ring_soon() -> None:
     # A ring that has not begun yet will be heard after this commit: it is enough.
     if _pending is None or _pending.running() or _pending.done():
         _pending = _ringer.submit(ring)
+
+
+def ring_workers_after_commit(workers: Sequence[Worker]) -> None:
+    """Rings each worker's own bell once the transaction has committed (workers.canary: a queue that it alone listens to)."""
+    queues = [f"{TASK}.{worker.name}@{worker.host}" for worker in workers]
+    transaction.on_commit(lambda: [_ringer.submit(ring, queue) for queue in queues], robust=True)

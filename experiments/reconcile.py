@@ -19,6 +19,7 @@ from django.db.models.functions import Now
 
 from experiments import doorbell
 from experiments.actions.attempt import leave
+from experiments.actions.node import lose_silent_nodes
 from experiments.actions.now import after_now
 from experiments.actions.serve_generation import take_back
 from experiments.actions.transition import StateConflict, transition
@@ -57,6 +58,8 @@ def reconcile_once() -> list[int]:
                 return []
         trusted = _trusted()
         lost = _take_back() if trusted else []
+        if trusted and (without_node := lose_silent_nodes()):
+            logger.warning("runs that lost a host: %s", without_node)
         waiting = trusted and take_back()
         queued = Run.objects.filter(state=State.QUEUED).exists()
     if queued or waiting:

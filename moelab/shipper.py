@@ -11,7 +11,7 @@ import logging
 import os
 import random
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -57,10 +57,15 @@ class Shipper:
         *,
         log: Path | None = None,
         on_command: Callable[[str, int], None] = lambda desired, checkpoint_requests: None,
+        on_hosts: Callable[[str, Mapping[str, str] | None], None] = lambda rendezvous, lost: None,
     ) -> None:
-        """`url` is asked for the address at each connection; `on_command` hears (desired, checkpoint_requests)."""
-        self._url, self._token, self._boxes, self._log, self._on_command = url, token, boxes, log, on_command
+        """`url` is asked for the address at each connection; `on_command` hears (desired, checkpoint_requests), and `on_hosts`, of
+        an attempt on several hosts, (where the ranks meet, the reason and detail of a host that has failed)."""
+        self._url, self._token, self._boxes, self._log = url, token, boxes, log
+        self._on_command, self._on_hosts = on_command, on_hosts
         self._own = boxes[-1]
+        self._said: list[str] = []
+        self._last_word = ""
         self._last_seq: int | None = None
         self._log_sent = self._log_acked = 0
         self._heard = 0.0
@@ -105,6 +110,14 @@ class Shipper:
     def finish(self, last_seq: int) -> None:
         """Nothing comes after record `last_seq` of the own attempt."""
         self._last_seq = last_seq
+
+    def say(self, message: Mapping[str, Any]) -> None:
+        """Sends a text frame now, and again at each new connection."""
+        self._said.append(json.dumps(message))
+
+    def leave(self, message: Mapping[str, Any]) -> None:
+        """Sends a text frame once the whole log has been sent. The server answers `fenced`, which ends `run`."""
+        self._last_word = json.dumps(message)
 
     @property
     def done(self) -> bool:
@@ -157,6 +170,8 @@ class Shipper:
             raise Refused(str(message.get("error", "")))
         if kind in ("hello", "command"):
             self._on_command(str(message["desired"]), int(message["checkpoint_requests"]))
+            if hosts := message.get("hosts"):
+                self._on_hosts(str(hosts["rendezvous"]), hosts["lost"])
 
     async def _send(self, socket: ClientConnection) -> None:
         """Whole older attempts first; then the log in pieces and the own records, as they come."""
@@ -166,11 +181,17 @@ class Shipper:
                     await socket.send(frame(box.attempt, payloads))
                 else:
                     await asyncio.sleep(POLL_S)
-        idle_s, polls, whole_log = 0.0, 0, False
+        idle_s, polls, said, whole_log = 0.0, 0, 0, False
         while not self.done:
             polls += 1
+            while said < len(self._said):
+                await socket.send(self._said[said])
+                said += 1
             if polls % LOG_EVERY_POLLS == 0 or self._last_seq is not None:
                 whole_log = await self._send_log(socket)
+                if whole_log and self._last_word:
+                    self._said.append(self._last_word)
+                    self._last_word = ""
             # The run's last record ends the conversation, so the log goes before it.
             payloads = self._own.next_payloads() if whole_log or self._last_seq is None else []
             if payloads:

@@ -67,6 +67,7 @@ class Parallel(Part):
 
     expert: int = field(1, "Ranks that share one copy of the experts.", ge=1, le=4096, unit="ranks")
     data: int = field(1, "Replicas, each with its own part of the batch.", ge=1, le=4096, unit="ranks")
+    nodes: int = field(1, "Hosts that share the run; its ranks are divided evenly over them.", ge=1, le=256, unit="hosts")
     shard: bool = field(
         False,
         "Shard the weights that are not experts', their gradients and moments over all ranks (FSDP2); a layer's are whole only while it runs.",
@@ -79,6 +80,12 @@ class Parallel(Part):
     def world_size(self) -> int:
         """Processes of the run."""
         return self.expert * self.data
+
+    @model_validator(mode="after")
+    def _nodes_divide(self) -> Self:
+        if self.world_size % self.nodes:
+            raise ValueError(f"nodes {self.nodes} does not divide the {self.world_size} ranks of parallel.expert x parallel.data")
+        return self
 
 
 class Telemetry(Part):

@@ -20,7 +20,10 @@ class Start(BaseModel):
 
 
 class Claim(BaseModel):
-    """A run, the attempt at it that this host may make, and the token for that attempt's telemetry."""
+    """A run, the attempt at it that this host may make, and the token for that attempt's telemetry.
+
+    Of `nodes` hosts that share the run this is number `node`; its ranks follow those of the hosts before it.
+    """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -29,6 +32,8 @@ class Claim(BaseModel):
     token: str = Field(repr=False)
     spec: dict[str, Any]
     devices: list[str] = Field(min_length=1)
+    node: int = Field(0, ge=0)
+    nodes: int = Field(1, ge=1)
     resume_from: Start | None = None
     ingest_url: str
 
@@ -37,4 +42,9 @@ class Claim(BaseModel):
         server = urlsplit(find_server().server)
         scheme = "wss" if server.scheme == "https" else "ws"
         path = urlsplit(self.ingest_url).path
-        return f"{scheme}://{server.netloc}{path}?attempt={self.attempt}"
+        return f"{scheme}://{server.netloc}{path}?attempt={self.attempt}" + (f"&node={self.node}" if self.node else "")
+
+    @property
+    def first_rank(self) -> int:
+        """The number of this host's first rank."""
+        return self.node * len(self.devices)

@@ -42,7 +42,8 @@ def look_for_work() -> int:
             claim = client.claim(worker=worker, free_slots=n_free, free_devices=labels)
             if claim is None:
                 break
-            logger.info("run %s, attempt %s, on %s", claim["run"], claim["attempt"], ", ".join(claim["devices"]))
+            node = f" as node {claim['node']} of {claim['nodes']}" if claim.get("nodes", 1) > 1 else ""
+            logger.info("run %s, attempt %s, on %s%s", claim["run"], claim["attempt"], ", ".join(claim["devices"]), node)
             launch(claim, home() / "runs")
             started += 1
         answer_generations(client, worker)

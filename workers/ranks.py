@@ -16,6 +16,7 @@ import psutil
 
 from workers.devices import for_torch
 from workers.linux import die_with_parent
+from workers.meeting import Meeting
 from workers.runlog import RunLog
 from workers.verdict import Exit
 
@@ -27,26 +28,32 @@ _PIPE_BYTES = 65_536
 class Ranks:
     """The ranks of one attempt. `exits` lists those that have ended, in the order of their ends."""
 
-    def __init__(self, log: RunLog) -> None:
-        self._log = log
+    def __init__(self, log: RunLog, first_rank: int = 0) -> None:
+        """`first_rank` is the first one's number, where hosts before this one have ranks of the run too."""
+        self._log, self._first_rank = log, first_rank
         self._processes: list[subprocess.Popen[bytes]] = []
         self.exits: list[Exit] = []
 
-    def start(self, run_dir: Path, attempt: int, devices: Sequence[str], threads: int, lock_fd: int) -> None:
-        """Starts one rank for each device; each holds the attempt's lock as well. Call it from the main thread. Raises OSError."""
+    def start(self, run_dir: Path, attempt: int, devices: Sequence[str], threads: int, lock_fd: int, meeting: Meeting | None = None) -> None:
+        """Starts one rank for each device; each holds the attempt's lock as well. Call it from the main thread. Raises OSError.
+
+        Without a `meeting` these are all the run's ranks, and they meet through a file.
+        """
         attempt_dir = run_dir / "attempts" / str(attempt)
         trainer = os.environ.get("MOELAB_TRAINER", "moe.train")
         argv = [sys.executable, "-u", "-m", trainer, str(run_dir / "spec.json"), "--out", str(run_dir), "--attempt", str(attempt)]
         shared = {name: value for name, value in os.environ.items() if name not in SECRETS} | {
-            "WORLD_SIZE": str(len(devices)),
-            "MOELAB_RENDEZVOUS": str(attempt_dir / "rendezvous"),
+            "WORLD_SIZE": str(len(devices) * (meeting.nodes if meeting else 1)),
+            "LOCAL_WORLD_SIZE": str(len(devices)),
             "MOELAB_THREADS": str(threads),
+            **(meeting.environment() if meeting else {"MOELAB_RENDEZVOUS": str(attempt_dir / "rendezvous")}),
         }
-        for rank, device in enumerate(devices):
-            env = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "MOELAB_DEVICE": for_torch(device)}
-            self._processes.append(self._spawn(argv, env, rank, lock_fd))
+        for index, device in enumerate(devices):
+            rank = self._first_rank + index
+            env = shared | {"RANK": str(rank), "LOCAL_RANK": str(index), "MOELAB_DEVICE": for_torch(device)}
+            self._processes.append(self._spawn(argv, env, rank, (lock_fd, *(meeting.fds if meeting and rank == 0 else ()))))
 
-    def _spawn(self, argv: list[str], env: Mapping[str, str], rank: int, lock_fd: int) -> subprocess.Popen[bytes]:
+    def _spawn(self, argv: list[str], env: Mapping[str, str], rank: int, fds: Sequence[int]) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(
             argv,
             stdin=subprocess.DEVNULL,
@@ -54,7 +61,7 @@ class Ranks:
             stderr=subprocess.STDOUT,
             env=dict(env),
             start_new_session=True,
-            pass_fds=(lock_fd,),
+            pass_fds=fds,
             preexec_fn=die_with_parent(),
         )
         assert process.stdout is not None
@@ -74,7 +81,7 @@ class Ranks:
     def poll(self) -> None:
         """Notes which ranks have ended. Of ends seen at once, signals come first: the others fail because of them."""
         known = {end.rank for end in self.exits}
-        codes = ((rank, process.poll()) for rank, process in enumerate(self._processes) if rank not in known)
+        codes = ((rank, process.poll()) for rank, process in enumerate(self._processes, self._first_rank) if rank not in known)
         self.exits += sorted((Exit(rank, code) for rank, code in codes if code is not None), key=lambda end: end.code >= 0)
 
     def signal(self, number: signal.Signals) -> None:
@@ -101,7 +108,7 @@ class Ranks:
 
     def close(self) -> None:
         """Takes what is left in the ranks' pipes and lets go of them."""
-        for rank, process in enumerate(self._processes):
+        for rank, process in enumerate(self._processes, self._first_rank):
             assert process.stdout is not None
             if not process.stdout.closed:
                 self._drain(rank, process.stdout.fileno(), everything=True)

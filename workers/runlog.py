@@ -18,10 +18,12 @@ _LINE_END = re.compile("\r\n?")
 class RunLog:
     """Appends to `path`. Output past LIMIT_BYTES, or that the disk does not take, is dropped; the tail stays in memory."""
 
-    def __init__(self, path: Path, n_ranks: int = 1) -> None:
+    def __init__(self, path: Path, n_ranks: int = 1, *, first_rank: int = 0, alone: bool = True) -> None:
+        """The log of ranks `first_rank` … on this host; `alone` where the run has no others elsewhere."""
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        self._n_ranks = n_ranks
-        self._decoders = {rank: codecs.getincrementaldecoder("utf-8")("backslashreplace") for rank in range(n_ranks)}
+        self._several = n_ranks > 1 or not alone
+        ranks = range(first_rank, first_rank + n_ranks)
+        self._decoders = {rank: codecs.getincrementaldecoder("utf-8")("backslashreplace") for rank in ranks}
         self._open_line: dict[int, str] = {}
         self._full = False
         self.size = os.fstat(self._fd).st_size
@@ -30,7 +32,7 @@ class RunLog:
     def feed(self, rank: int, data: bytes, *, last: bool = False) -> None:
         """What one rank printed; with several ranks each line is told whose it is, and is written once it is whole."""
         text = _LINE_END.sub("\n", self._decoders[rank].decode(data, last))
-        if self._n_ranks > 1:
+        if self._several:
             text = self._open_line.pop(rank, "") + text
             *lines, rest = text.split("\n")
             if rest and (last or len(rest) > 10_000):

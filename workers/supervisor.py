@@ -4,6 +4,7 @@
 
 It needs no server to go on: training writes to the spool, and what was not acknowledged is sent when the server is back.
 It kills its ranks and leaves only when it is told that a later attempt exists. When it dies, its ranks die with it.
+Of the supervisors of a run on several hosts, node 0's ships and judges; the others tell the server how their ranks ended.
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from moelab.outbox import outboxes
+from moelab.outbox import Outbox, outboxes
 from moelab.shipper import Fenced, Shipper
 from spec import events, spool
 from workers.adopt import adopt
 from workers.claim import Claim
+from workers.company import Company
 from workers.detach import detach
 from workers.host import AttemptLock, Holder, LockedError, end_attempt, identity, put_aside
 from workers.linux import become_subreaper, oom_kills
@@ -50,12 +53,18 @@ class Supervisor:
         self._claim, self._run_dir, self._lock = claim, run_dir, lock
         self._dir = run_dir / "attempts" / str(claim.attempt)
         self._holder = Holder(claim.run, claim.attempt, identity(os.getpid()), list(claim.devices))
-        self._log = RunLog(self._dir / "log.txt", len(claim.devices))
-        self._ranks = Ranks(self._log)
+        self._log = RunLog(self._dir / "log.txt", len(claim.devices), first_rank=claim.first_rank, alone=claim.nodes == 1)
+        self._ranks = Ranks(self._log, claim.first_rank)
         self._progress = Progress(self._dir / "events.spool", time.monotonic(), FIRST_STEP_S, STEP_S)
         self._shipper = Shipper(
-            claim.socket_url, claim.token, outboxes(run_dir / "attempts", claim.attempt), log=self._dir / "log.txt", on_command=self._hear
+            claim.socket_url,
+            claim.token,
+            outboxes(run_dir / "attempts", claim.attempt) if claim.node == 0 else [Outbox(claim.attempt, self._dir / "events.spool")],
+            log=self._dir / "log.txt",
+            on_command=self._hear,
+            on_hosts=self._hear_of_hosts,
         )
+        self._company = Company(claim)
         self._asked: Literal["run", "cancel", "pause"] = "run"
         self._checkpoints_asked = self._checkpoints_sent = 0
         self._kill_at: float | None = None
@@ -85,7 +94,7 @@ class Supervisor:
     async def _train(self, shipping: asyncio.Task[None]) -> Verdict | None:
         """Runs the ranks to their end; None if the attempt was fenced meanwhile."""
         try:
-            await self._begin()
+            await self._begin(shipping)
         except OSError as error:
             self._ranks.kill()
             return Verdict("failed", "disk_full" if error.errno == 28 else "error", f"the ranks could not be started: {error}")
@@ -102,19 +111,29 @@ class Supervisor:
             return Verdict("failed", "unkillable", "a process of this run cannot be killed; its host needs a look")
         self._holder.devices, self._holder.ranks = [], []
         self._lock.write(self._holder)
-        return self._judge()
+        if shipping.done():
+            await shipping
+            return None
+        return await self._company.judge(self._judge(), wanted=lambda: not shipping.done())
 
-    async def _begin(self) -> None:
+    async def _begin(self, shipping: asyncio.Task[None]) -> None:
         for older in range(1, self._claim.attempt):
             lock = self._dir.parent / str(older) / "attempt.lock"
             if not await asyncio.to_thread(end_attempt, lock):
                 raise OSError(f"attempt {older} does not end, and would write to the same checkpoints")
         (self._run_dir / "spec.json").write_text(json.dumps(self._claim.spec, indent=1))
-        if self._claim.resume_from is not None:
+        if self._claim.resume_from is not None and self._claim.node == 0:
             adopt(self._run_dir, self._claim.resume_from)
         with (self._dir / "reserve").open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, _RESERVE_BYTES)
-        self._ranks.start(self._run_dir, self._claim.attempt, self._claim.devices, _threads(self._claim), self._lock.fd)
+        meeting = None
+        if self._claim.nodes > 1:
+            meeting = await self._company.meet(self._shipper, wanted=lambda: self._asked == "run" and not shipping.done())
+            if meeting is None:
+                return
+        self._ranks.start(self._run_dir, self._claim.attempt, self._claim.devices, _threads(self._claim), self._lock.fd, meeting)
+        if meeting is not None:
+            meeting.close()
         self._holder.ranks = [identity(pid) for pid in self._ranks.pids]
         self._lock.write(self._holder)
 
@@ -126,6 +145,12 @@ class Supervisor:
         if desired in ("cancel", "pause"):
             self._asked = cast(Literal["cancel", "pause"], desired)
             self._stop()
+
+    def _hear_of_hosts(self, place: str, lost: Mapping[str, str] | None) -> None:
+        """The server's word on the attempt's hosts. One that has failed ends it."""
+        self._ranks.poll()
+        if self._company.hear(place, lost, all_well_here=not self._ranks.exits) and self._kill_at is None:
+            self._kill_at = time.monotonic() + SURVIVORS_S
 
     def _stop(self) -> None:
         """Asks the ranks for a checkpoint and their end; those that live after GRACE_S are killed."""
@@ -161,7 +186,7 @@ class Supervisor:
             failed = any(end.code not in (0, STOPPED) for end in self._ranks.exits)
             self._kill_at = now + (SURVIVORS_S if failed else STRAGGLERS_S)
             return
-        silent_s = self._progress.silent_too_long(now)
+        silent_s = self._progress.silent_too_long(now) if self._claim.node == 0 else None  # the spool is node 0's
         if silent_s is not None:
             self._hang = f"no sign of progress for {silent_s:.0f} s; the stacks of all ranks are at the end of the log"
             self._log.say(self._hang)
@@ -182,7 +207,11 @@ class Supervisor:
         )
 
     async def _tell(self, verdict: Verdict, shipping: asyncio.Task[None]) -> None:
-        """Appends RunEnded to the spool, as soon as the disk takes it, and lets the shipper finish."""
+        """Appends RunEnded to the spool, as soon as the disk takes it, and lets the shipper finish. Another node says its last word."""
+        if self._claim.node:
+            logger.info("%s", verdict)
+            self._shipper.leave({"type": "left", "outcome": verdict.outcome, "reason": verdict.reason, "detail": verdict.detail[:4000]})
+            return
         event = events.RunEnded(
             at=time.time(),
             outcome=verdict.outcome,

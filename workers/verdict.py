@@ -8,8 +8,8 @@ from typing import Any, Literal, NamedTuple
 
 Outcome = Literal["succeeded", "failed", "cancelled", "paused"]
 
-STOPPED = 75
-_REASON_OF_CODE = {64: "config_invalid", 70: "error", 71: "oom", 74: "disk_full", 76: "nan_loss"}
+STOPPED, PEER_LOST = 75, 77
+_REASON_OF_CODE = {64: "config_invalid", 70: "error", 71: "oom", 74: "disk_full", 76: "nan_loss", 77: "peer_lost"}
 _STOPPING = frozenset({0, STOPPED, -signal.SIGTERM, -signal.SIGKILL})
 
 
@@ -45,7 +45,9 @@ def judge(
     which wants it to run, queues it again. `hang` says what stood still, `oom_killed` that the kernel killed somebody for memory;
     `result` is the trainer's own result.json, `last_line` the log's last line.
     """
-    first = next((end for end in exits if end.code not in (0, STOPPED)), exits[0] if exits else Exit(0, 70))
+    # A rank that fails because another is gone says little: whoever went for a reason of its own comes before it.
+    failures = sorted((end for end in exits if end.code not in (0, STOPPED)), key=lambda end: end.code == PEER_LOST)
+    first = next(iter(failures or exits), Exit(0, 70))
     code, number = (first.code, None) if first.code >= 0 else (None, -first.code)
     codes = {end.code for end in exits}
     told = str((result or {}).get("detail") or "")
@@ -64,6 +66,8 @@ def judge(
             return Verdict("failed", "oom", f"rank {first.rank} was killed by the kernel: the host ran out of memory", None, number)
         return Verdict("failed", "rank_killed", f"rank {first.rank} was ended by {_name(number)}", None, number)
     reason = _REASON_OF_CODE.get(first.code, "error")
+    if first.rank != 0 and (result or {}).get("reason") != reason:
+        told = ""  # the trainer's words are rank 0's, which had another reason
     return Verdict("failed", reason, told or last_line or f"rank {first.rank} exited with code {first.code}", code, None)
 
 

@@ -15,7 +15,8 @@ from django.db.models.functions import Coalesce, Now
 
 from experiments import secret
 from experiments.access import authenticate_token, roles_include
-from experiments.actions.claim import LEASE_S
+from experiments.actions.lease import LEASE_S
+from experiments.actions.node import Hosts, hosts_of, may_speak
 from experiments.actions.now import after_now
 from experiments.actions.transition import locked, transition
 from experiments.doorbell import ring_after_commit
@@ -35,6 +36,7 @@ class IngestGrant:
     run_id: int
     attempt: int
     is_recorder: bool
+    node: int = 0
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,17 @@ class Command:
 
     desired: str
     checkpoint_requests: int
+    hosts: Hosts | None = None
+    """Where the attempt has several."""
 
 
-def authenticate_ingest(run_id: int, attempt: int, bearer: str) -> IngestGrant | None:
-    """The right to speak for an attempt: by the token of its claim, or (attempt 0 of a recorded run) a user's token with scope `ingest`."""
+def authenticate_ingest(run_id: int, attempt: int, bearer: str, node: int = 0) -> IngestGrant | None:
+    """The right to speak for an attempt: by the token of its claim, or (attempt 0 of a recorded run) a user's token with scope `ingest`.
+
+    A `node` other than the first speaks for itself alone, by the token of its own claim.
+    """
+    if node:
+        return IngestGrant(run_id, attempt, is_recorder=False, node=node) if may_speak(run_id, attempt, node, bearer) else None
     run = Run.objects.filter(pk=run_id).only("id", "project_id", "recorded", "attempt_token_sha256s").first()
     if run is None:
         return None
@@ -66,8 +75,8 @@ def renew_lease(run_id: int, attempt: int) -> Command | None:
         mine = Run.objects.filter(pk=run_id, attempt=attempt, state__in=LIVE)
         if not mine.update(lease_until=after_now(LEASE_S)):
             return None
-        desired, requests = mine.values_list("desired", "checkpoint_requests").get()
-        return Command(desired, requests)
+        desired, requests, nodes = mine.values_list("desired", "checkpoint_requests", "node_count").get()
+        return Command(desired, requests, hosts_of(run_id, attempt) if nodes > 1 else None)
 
 
 @transaction.atomic

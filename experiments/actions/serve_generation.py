@@ -13,7 +13,7 @@ from django.db import transaction
 from django.db.models import F, Q, QuerySet
 from django.db.models.functions import Now
 
-from experiments.actions.claim import WORKER_SILENT_S
+from experiments.actions.books import WORKER_SILENT_S
 from experiments.actions.now import after_now
 from experiments.doorbell import ring_after_commit
 from experiments.models import Checkpoint, Generation, GenerationState, Run, Worker

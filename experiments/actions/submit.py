@@ -47,6 +47,7 @@ def submit(
         name=spec.name,
         spec=spec.model_dump(mode="json"),
         world_size=spec.parallel.world_size,
+        node_count=spec.parallel.nodes,
         device=spec.parallel.device,
         tags=list(tags),
         notes=notes,

@@ -12,7 +12,7 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 
 from experiments import access
-from experiments.actions.claim import WORKER_SILENT_S
+from experiments.actions.books import WORKER_SILENT_S
 from experiments.actions.now import after_now
 from experiments.api.endpoint import Endpoint
 from experiments.api.projects import ProjectResource, projects_of

@@ -17,6 +17,18 @@ class Out(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+class NodeResource(Out):
+    """A host of a run that is on several; `outcome` is "" while its ranks train."""
+
+    rank: int
+    worker: str
+    host: str
+    devices: list[str]
+    outcome: str
+    reason: str
+    detail: str
+
+
 class RunResource(Out):
     """A run. `spec` only in a run's own answer, `sparkline` (at most 40 losses) only in lists."""
 
@@ -44,6 +56,8 @@ class RunResource(Out):
     updated_at: datetime
     worker: str | None
     devices: list[str]
+    node_count: int
+    nodes: list[NodeResource] = Field(description="The hosts of the newest attempt, where the run is on several; `worker` is the first one's.")
     device_names: list[str]
     steps: int
     last_step: int
@@ -85,6 +99,7 @@ def run_json(run: Run, *, spec: bool = False, sparkline: list[float] | None = No
         owner=run.owner.get_username(),
         worker=run.worker.name if run.worker else None,
         parent=run.parent_id,
+        nodes=_nodes(run) if run.node_count > 1 and run.attempt else [],
         progress=_progress(run),
         seconds_left=_seconds_left(run),
         layers=int(run.spec.get("model", {}).get("n_layers", 0)) or max(run.moe_layers, default=-1) + 1,
@@ -95,6 +110,12 @@ def run_json(run: Run, *, spec: bool = False, sparkline: list[float] | None = No
     )
     absent = ({"spec"} if not spec else set()) | ({"sparkline"} if sparkline is None else set())
     return resource.model_dump(mode="json", exclude=absent)
+
+
+def _nodes(run: Run) -> list[NodeResource]:
+    rows = run.nodes.filter(attempt=run.attempt).select_related("worker").order_by("rank")
+    same = ("rank", "devices", "outcome", "reason", "detail")
+    return [NodeResource(worker=row.worker.name, host=row.worker.host, **{name: getattr(row, name) for name in same}) for row in rows]
 
 
 def _progress(run: Run) -> float:

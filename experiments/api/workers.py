@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from datetime import datetime
 from typing import Any
 
-from django.db.models import Count, Q
+from django.db.models import Count, F, Q
 from django.db.models.functions import Now
 from django.utils import timezone
 from drf_spectacular.utils import extend_schema
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from rest_framework.request import Request
 from rest_framework.response import Response
 
 from experiments import access
-from experiments.actions.claim import HEARTBEAT_S, LEASE_S, WORKER_SILENT_S, Claim, claim
+from experiments.actions.books import WORKER_SILENT_S
+from experiments.actions.claim import Claim, claim
+from experiments.actions.lease import HEARTBEAT_S, LEASE_S
 from experiments.api.endpoint import Endpoint, items
 from experiments.api.problems import FieldError, Problem
 from experiments.api.shapes import ClaimBody, HelloBody
-from experiments.models import LIVE, Role, Worker
+from experiments.models import LIVE, Node, Role, Worker
 
 
 class WorkerResource(BaseModel):
@@ -59,6 +62,8 @@ class ClaimedRun(BaseModel):
     token: str
     spec: dict[str, Any]
     devices: list[str]
+    node: int = Field(description="Which of the run's hosts this is: node 0 writes, and speaks for the attempt.")
+    nodes: int
     resume_from: dict[str, Any] | None
     ingest_url: str
     lease_s: int
@@ -71,12 +76,15 @@ class Workers(Endpoint):
     @extend_schema(operation_id="list_workers", responses=WorkerList)
     def get(self, request: Request) -> Response:
         """Each with the runs on it that one may see."""
-        visible, held = access.visible_runs(self.principal).filter(state__in=LIVE), Q(runs__state__in=LIVE)
+        visible = access.visible_runs(self.principal).filter(state__in=LIVE)
+        parts = Node.objects.filter(run__state__in=LIVE, attempt=F("run__attempt"), rank__gt=0)
         on_worker: dict[int | None, list[int]] = {}
-        for run_id, worker_id in visible.order_by("id").values_list("pk", "worker_id"):
+        places = [*visible.values_list("pk", "worker_id"), *parts.filter(run__in=visible).values_list("run_id", "worker_id")]
+        for run_id, worker_id in sorted(places, key=lambda place: place[0]):
             on_worker.setdefault(worker_id, []).append(run_id)
-        rows = Worker.objects.annotate(busy=Count("runs", filter=held)).order_by("-last_seen", "id")[:1000]
-        return items([self._shown(row, row.busy, on_worker.get(row.pk, [])) for row in rows])
+        others = Counter(parts.values_list("worker_id", flat=True))
+        rows = Worker.objects.annotate(busy=Count("runs", filter=Q(runs__state__in=LIVE))).order_by("-last_seen", "id")[:1000]
+        return items([self._shown(row, row.busy + others[row.pk], on_worker.get(row.pk, [])) for row in rows])
 
     @staticmethod
     def _shown(row: Worker, busy: int, runs: list[int]) -> dict[str, Any]:
@@ -119,8 +127,10 @@ class ClaimWork(Endpoint):
             token=found.token,
             spec=run.spec,
             devices=found.devices,
+            node=found.node,
+            nodes=run.node_count,
             resume_from=run.resume_from,
-            ingest_url=f"{scheme}://{self.request.get_host()}/ws/ingest/{run.pk}/?attempt={run.attempt}",
+            ingest_url=f"{scheme}://{self.request.get_host()}/ws/ingest/{run.pk}/?attempt={run.attempt}&node={found.node}",
             lease_s=LEASE_S,
             heartbeat_s=HEARTBEAT_S,
         ).model_dump(mode="json")

@@ -13,6 +13,7 @@ from urllib.parse import parse_qs
 from django.db import DatabaseError
 
 from experiments.actions.attempt import IngestGrant, authenticate_ingest
+from experiments.ingest.node import NodeSession
 from experiments.ingest.session import PUSH_INTERVAL_S, Answer, Session
 from experiments.live.publish import stream_of
 from experiments.live.reader import reader
@@ -43,7 +44,8 @@ async def ingest(scope: dict[str, Any], receive: Receive, send: Send) -> None:
             return
         await send({"type": "websocket.accept"})
         async with reader().subscribed(stream_of(run_id)) as news:
-            await _Conversation(Session(grant), receive, send).hold(news)
+            session = NodeSession(grant) if grant.node else Session(grant)
+            await _Conversation(session, receive, send).hold(news)
     except DatabaseError as error:
         log.warning("ingest of run %s: the database is away: %s", run_id, error)
         await _close(send, TRY_LATER)
@@ -52,10 +54,12 @@ async def ingest(scope: dict[str, Any], receive: Receive, send: Send) -> None:
 def _grant(scope: dict[str, Any], run_id: int) -> IngestGrant | None:
     headers = dict(scope["headers"])
     kind, _, bearer = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
-    attempt = parse_qs(scope["query_string"].decode("latin-1")).get("attempt", ["0"])[0]
-    if kind.lower() != "bearer" or not (attempt.isascii() and attempt.isdigit() and len(attempt) < 10) or run_id >= 2**63:
+    asked = parse_qs(scope["query_string"].decode("latin-1"))
+    numbers = [asked.get(name, ["0"])[0] for name in ("attempt", "node")]
+    if kind.lower() != "bearer" or run_id >= 2**63 or not all(number.isascii() and number.isdigit() and len(number) < 10 for number in numbers):
         return None
-    return authenticate_ingest(run_id, int(attempt), bearer.strip())
+    attempt, node = map(int, numbers)
+    return authenticate_ingest(run_id, attempt, bearer.strip(), node)
 
 
 async def _close(send: Send, code: int) -> None:

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from experiments.actions.attempt import Command, IngestGrant, renew_lease
+from experiments.actions.node import announce, hosts_of
 from experiments.ingest.text import TextTail
 from experiments.live.publish import Message, publish
 from experiments.models import LIVE, TERMINAL, Run
@@ -29,6 +32,7 @@ CATCH_UP_STEPS = 256
 """A frame with more steps than this is history on its way in: viewers read it from the store."""
 
 Answer = dict[str, Any]
+_PLACE = re.compile(r"[0-9A-Za-z.:\[\]_-]{1,90}:[0-9]{1,5}")
 
 
 @dataclass
@@ -54,21 +58,18 @@ class Session:
         self.next_seq = {attempt: seq + 1 for attempt, seq in acked.items()}
         mine = cursors.get(self.grant.attempt)
         self._command = command
-        return {
-            "type": "hello",
-            "acked": {str(attempt): seq for attempt, seq in acked.items()},
-            "log_offset": mine.log_offset if mine else 0,
-            "desired": command.desired,
-            "checkpoint_requests": command.checkpoint_requests,
-        }
+        told = {"acked": {str(attempt): seq for attempt, seq in acked.items()}, "log_offset": mine.log_offset if mine else 0}
+        return answer_of(command) | {"type": "hello", **told}
 
     def command(self) -> Command:
         """What the server wants now. Raises FencedError where this attempt counts no more."""
-        row = Run.objects.filter(pk=self.grant.run_id).values("attempt", "state", "recorded", "desired", "checkpoint_requests").first()
+        names = ("attempt", "state", "recorded", "desired", "checkpoint_requests", "node_count")
+        row = Run.objects.filter(pk=self.grant.run_id).values(*names).first()
         alive = row and row["attempt"] == self.grant.attempt and (row["state"] in LIVE or (row["recorded"] and row["state"] not in TERMINAL))
         if not row or not (alive or self.ended):
             raise FencedError
-        return Command(row["desired"], row["checkpoint_requests"])
+        hosts = hosts_of(self.grant.run_id, self.grant.attempt) if row["node_count"] > 1 else None
+        return Command(row["desired"], row["checkpoint_requests"], hosts)
 
     def changed_command(self) -> Answer | None:
         """The command, if it is another one than the sender knows. Raises FencedError."""
@@ -76,21 +77,31 @@ class Session:
         if command == self._command:
             return None
         self._command = command
-        return _answer(command)
+        return answer_of(command)
 
     def text(self, message: str) -> Answer:
         """The answer to a text frame. Raises FrameError, FencedError."""
         try:
-            kind = json.loads(message).get("type")
+            told = json.loads(message)
+            kind = told.get("type")
         except (ValueError, AttributeError, RecursionError) as error:
             raise FrameError("a text frame must be a JSON object") from error
-        if kind != "heartbeat":
+        self._command = self._told(kind, told)
+        return answer_of(self._command)
+
+    def _told(self, kind: Any, message: Mapping[str, Any]) -> Command:
+        """Takes a text frame in, and says what is wanted now. Raises FrameError, FencedError."""
+        if kind == "rendezvous" and not self.grant.is_recorder:
+            place = message.get("at")
+            if not isinstance(place, str) or not _PLACE.fullmatch(place):
+                raise FrameError("rendezvous.at must be an address and a port")
+            announce(self.grant.run_id, self.grant.attempt, place)
+        elif kind != "heartbeat":
             raise FrameError(f"unknown text frame {kind!r:.40}")
         command = self.command() if self.ended else renew_lease(self.grant.run_id, self.grant.attempt)
         if command is None:
             raise FencedError
-        self._command = command
-        return _answer(command)
+        return command
 
     def binary(self, data: bytes) -> Answer:
         """Stores a binary frame and answers for it. Raises FrameError, FencedError."""
@@ -122,7 +133,7 @@ class Session:
 
     def _log(self, data: bytes) -> Answer:
         offset, content = frame.log_frame(data)
-        known, start, kept = log.append(self.grant.run_id, self.grant.attempt, offset, content)
+        known, start, kept = log.append(self.grant.run_id, self.grant.attempt, offset, content, node=self.grant.node)
         if kept:
             at, text = self._text.add(start, kept)
             if text:
@@ -174,5 +185,10 @@ class Session:
         return self._facts
 
 
-def _answer(command: Command) -> Answer:
-    return {"type": "command", "desired": command.desired, "checkpoint_requests": command.checkpoint_requests}
+def answer_of(command: Command) -> Answer:
+    """The text frame that tells `command`."""
+    told: Answer = {"type": "command", "desired": command.desired, "checkpoint_requests": command.checkpoint_requests}
+    if command.hosts is not None:
+        lost = dict(zip(("reason", "detail"), command.hosts.lost, strict=True)) if command.hosts.lost else None
+        told["hosts"] = {"rendezvous": command.hosts.rendezvous, "lost": lost}
+    return told

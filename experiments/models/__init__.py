@@ -1,6 +1,7 @@
 """The tables. PostgreSQL is the truth about every run; Valkey holds nothing that cannot be lost."""
 
 from experiments.models.generation import Generation, GenerationState
+from experiments.models.node import Node
 from experiments.models.project import Membership, Project, Role
 from experiments.models.run import LIVE, TERMINAL, Checkpoint, Desired, IdempotencyKey, Run, State, Transition
 from experiments.models.telemetry import (
@@ -31,6 +32,7 @@ __all__ = [
     "LogChunk",
     "LoginThrottle",
     "Membership",
+    "Node",
     "Presence",
     "Project",
     "Role",

@@ -45,6 +45,7 @@ class Run(models.Model):
 
     `attempt` counts claims and fences every write of the worker; `attempt_token_sha256s[i]` is the hash of attempt i+1's
     token. A `recorded` run comes from an outside trainer: it has no spec, no worker, and is attempt 0 for ever.
+    Of a run on `node_count` > 1 hosts `worker` and `devices` are those of node 0; every host has a Node.
     """
 
     project = models.ForeignKey(Project, models.PROTECT, related_name="runs")
@@ -53,6 +54,7 @@ class Run(models.Model):
     spec: models.JSONField[dict[str, Any]] = models.JSONField(default=dict)
     recorded = models.BooleanField(default=False)
     world_size = models.IntegerField(default=1)
+    node_count = models.IntegerField(default=1)
     device = models.CharField(max_length=8, default="auto")
 
     state = models.CharField(max_length=16, choices=State, default=State.QUEUED)

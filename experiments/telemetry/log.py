@@ -5,7 +5,7 @@ from __future__ import annotations
 from django.db import transaction
 from django.db.models import F
 
-from experiments.models import Run
+from experiments.models import Node, Run
 from experiments.models.telemetry import LogChunk, SpoolCursor
 from experiments.telemetry.rows import query
 from experiments.telemetry.write import OutOfOrderError
@@ -14,15 +14,15 @@ LIMIT_BYTES = 256 * 1024 * 1024
 _FULL = b"\n[the log is longer than 256 MiB; the rest stays on the worker's host]\n"
 
 
-def append(run_id: int, attempt: int, offset: int, data: bytes) -> tuple[int, int, bytes]:
-    """Stores what of `data`, which lies at `offset` of the attempt's log, is new.
+def append(run_id: int, attempt: int, offset: int, data: bytes, *, node: int = 0) -> tuple[int, int, bytes]:
+    """Stores what of `data`, which lies at `offset` of the attempt's log on that host, is new.
 
     Returns the attempt's offset up to which its log is now known, and place and bytes in the run's log of what was added.
     Raises OutOfOrderError for a gap. Written even when the run is over: the last lines say why.
     """
     with transaction.atomic():
         run = Run.objects.select_for_update(no_key=True).only("log_size").get(pk=run_id)
-        cursor, _ = SpoolCursor.objects.get_or_create(run_id=run_id, attempt=attempt)
+        cursor = _cursor(run_id, attempt, node)
         if offset > cursor.log_offset:
             raise OutOfOrderError(f"log bytes from {offset} came before byte {cursor.log_offset}")
         fresh = data[cursor.log_offset - offset :]
@@ -34,6 +34,14 @@ def append(run_id: int, attempt: int, offset: int, data: bytes) -> tuple[int, in
         cursor.log_offset += len(fresh)
         cursor.save(update_fields=["log_offset"])
         return cursor.log_offset, start, kept
+
+
+def _cursor(run_id: int, attempt: int, node: int) -> SpoolCursor | Node:
+    """The row that knows how much of that host's log has come."""
+    if node:
+        return Node.objects.select_for_update().get(run=run_id, attempt=attempt, rank=node)
+    cursor, _ = SpoolCursor.objects.get_or_create(run_id=run_id, attempt=attempt)
+    return cursor
 
 
 def read(run_id: int, offset: int, limit: int) -> bytes:

@@ -54,7 +54,7 @@ def _train(options: argparse.Namespace, requests: stop.Requests) -> str:
     from moe.train.description import read_spec
 
     spec = read_spec(options.spec)
-    from moe.train import corpus, ranks, vocabulary
+    from moe.train import corpus, handing, ranks, vocabulary
     from moe.train.batches import Batches
     from moe.train.learner import Learner
     from moe.train.loop import Training
@@ -63,7 +63,9 @@ def _train(options: argparse.Namespace, requests: stop.Requests) -> str:
     place = ranks.join(spec.parallel)
     home = Path(os.environ.get("MOELAB_HOME") or PROJECT / "var")
     by_document = spec.data.packing == "documents"
-    batches = Batches(corpus.load(spec.data, home), spec.data.seq_len, spec.training.batch_size, spec.seed, by_document=by_document)
+    domains = corpus.load(spec.data, home)
+    handing.check_corpus(place, domains)
+    batches = Batches(domains, spec.data.seq_len, spec.training.batch_size, spec.seed, by_document=by_document)
     training = Training(spec, Learner(spec, batches, place), options.out, options.attempt, requests)
     try:
         if options.no_resume:

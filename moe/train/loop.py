@@ -21,7 +21,7 @@ from kernels.dispatch import implementations, is_aligned
 from moe import balance
 from moe.attention import is_masked
 from moe.router_kinds import takes_highest
-from moe.train import checkpoint, telemetry
+from moe.train import checkpoint, handing, telemetry
 from moe.train.journal import Journal, duration
 from moe.train.learner import Learner, Lesson, Made
 from moe.train.spikes import SpikeDetector
@@ -194,7 +194,7 @@ class Training:
         step = self.ranks.from_first(step)
         if step < 0:
             return
-        tensors, state = checkpoint.load(self._directory, step)
+        tensors, state = handing.load_checkpoint(self.ranks, self._directory, step)
         self.learner.load(tensors)
         losses = {name: math.nan if state[name] is None else state[name] for name in ("loss", "validation_loss")}
         self.position = Position(step=step, validated_step=state["validated_step"], **losses)
@@ -208,7 +208,13 @@ class Training:
             from moe.train.start import begin  # only where it is asked for: it takes as long as a few steps to import
 
             with self.learner.whole_model() as model:
-                self._journal.say(begin(self.spec, model, home, self.ranks))
+                if not self.ranks.is_spread:
+                    self._journal.say(begin(self.spec, model, home, self.ranks))
+                    return
+                if self.ranks.is_first:  # the weights lie on this rank's host
+                    self._journal.say(begin(self.spec, model, home, self.ranks.alone))
+                for tensor in model.state_dict().values():
+                    handing.from_first(self.ranks, tensor)
 
     def start_over(self) -> None:
         """Puts the checkpoints of earlier attempts aside, so that no later attempt goes on from them."""

@@ -1,7 +1,7 @@
 """The processes of a run, one per device: each has its own part of the batch and the whole model, but for experts that are shared out.
 
-Ranks meet through a file store (MOELAB_RENDEZVOUS) and talk over loopback, so that no port listens to the network;
-without MOELAB_RENDEZVOUS they meet as torchrun arranges it (MASTER_ADDR and MASTER_PORT).
+Ranks of one host meet through a file store (MOELAB_RENDEZVOUS) and talk over loopback, so that no port listens to the network.
+Those of several meet at an address (`tcp://…`); without MOELAB_RENDEZVOUS they meet as torchrun arranges it (MASTER_ADDR and MASTER_PORT).
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import FileStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from moe.parallel import Mesh
 from moe.train.stop import SpecRefused
@@ -58,6 +60,16 @@ class Ranks:
         """Whether this rank's `wish` is a wish of any rank that must make the same forward passes: of this one alone, where none must."""
         return wish if not self.together else bool(self.gather(torch.tensor([wish], device=self.device)).any())
 
+    @property
+    def alone(self) -> Ranks:
+        """This rank, for what it does without the others."""
+        return Ranks(self.rank, 1, self.device)
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether some of the ranks are on other hosts."""
+        return self.size > int(os.environ.get("LOCAL_WORLD_SIZE") or self.size)
+
     def leave(self) -> None:
         """Waits for the other ranks, and parts."""
         if self.size > 1:
@@ -74,18 +86,31 @@ def join(parallel: Parallel) -> Ranks:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if size > 1:
-        store = os.environ.get("MOELAB_RENDEZVOUS")
-        if store:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            init_method=f"file://{store}" if store else "env://",
-            rank=rank,
-            world_size=size,
-            timeout=timedelta(seconds=float(os.environ.get("MOELAB_COLLECTIVE_TIMEOUT_S", "300"))),
-        )
+        timeout = timedelta(seconds=float(os.environ.get("MOELAB_COLLECTIVE_TIMEOUT_S", "300")))
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=_store(rank, size, timeout), rank=rank, world_size=size, timeout=timeout)
     mesh = Mesh.of(parallel.data, parallel.expert, overlap=parallel.overlap) if parallel.expert > 1 else None
     return Ranks(rank, size, device, mesh, shard=parallel.shard and size > 1)
+
+
+def _store(rank: int, size: int, timeout: timedelta) -> Store | None:
+    """Where the ranks find each other; None leaves it to the environment, as torchrun sets it."""
+    where = os.environ.get("MOELAB_RENDEZVOUS")
+    if not where:
+        return None
+    if not where.startswith("tcp://"):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        return FileStore(where, size)
+    place, listener = urlsplit(where), os.environ.get("MOELAB_RENDEZVOUS_FD")
+    return TCPStore(
+        place.hostname or "",
+        place.port or 0,
+        size,
+        is_master=rank == 0,
+        timeout=timeout,
+        wait_for_workers=False,
+        master_listen_fd=int(listener) if rank == 0 and listener else None,  # open already, so that nobody else can have taken the port
+    )
 
 
 def _device(parallel: Parallel) -> torch.device:

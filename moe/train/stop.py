@@ -14,7 +14,10 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-FINISHED, SPEC_REFUSED, ERROR, OUT_OF_MEMORY, DISK_FULL, STOPPED, NAN_LOSS = 0, 64, 70, 71, 74, 75, 76
+FINISHED, SPEC_REFUSED, ERROR, OUT_OF_MEMORY, DISK_FULL, STOPPED, NAN_LOSS, PEER_LOST = 0, 64, 70, 71, 74, 75, 76, 77
+# What gloo and NCCL say, as plain RuntimeErrors or classes of their own, when another rank is gone.
+_PEER_GONE = ("gloo/transport", "ncclRemoteError", "ncclSystemError", "NCCL communicator was aborted")
+_PEER_GONE_CLASSES = ("DistNetworkError", "DistStoreError")
 
 
 class SpecRefused(Exception):
@@ -57,6 +60,8 @@ def classify(error: BaseException) -> tuple[int, str]:
         return DISK_FULL, "disk_full"
     if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text or "not enough memory" in text:
         return OUT_OF_MEMORY, "oom"
+    if type(error).__name__ in _PEER_GONE_CLASSES or any(words in text for words in _PEER_GONE):
+        return PEER_LOST, "peer_lost"
     return ERROR, "error"
 
 

@@ -14,6 +14,7 @@ Takes runs from the server and starts a supervisor for each; a supervisor outliv
   REDIS_URL                     the bell; without it the worker hears of work late
   MOELAB_HOME                   where runs, checkpoints and spools are kept
   MOELAB_SLOTS                  runs at once (one for each CUDA device, else one)
+  MOELAB_ADDRESS                where other hosts of a run reach it (the address towards the server)
   MOELAB_WORKER_NAME            its name on the workers page (the host's name)
 
 example:

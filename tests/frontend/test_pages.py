@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from django.test import Client
 
+from experiments.actions.claim import claim
 from experiments.actions.submit import submit
 from experiments.models import Project, Role, Run
 from experiments.pages.csp import POLICY
@@ -174,3 +175,16 @@ def test_a_run_leads_to_its_successors(db: None) -> None:
     Run.objects.update(spec={"model": {"colour": 1}})
     assert editor.get(f"/runs/new?from={runs[0].pk}&as=fine-tuning").status_code == 404
     assert editor.get(f"/runs/new?from={runs[0].pk}").status_code == 200
+
+
+def test_a_run_on_several_hosts_names_them_and_each_host_the_run() -> None:
+    run = submit(
+        user=people.ada(), project=Project.default(), spec=ExperimentSpec.model_validate({**people.TINY, "parallel": {"data": 2, "nodes": 2}})
+    )
+    workers = [people.worker(name) for name in ("first-host", "second-host")]
+    for worker in workers:
+        claim(Run.objects.all(), worker=worker, free_slots=1, free_devices=["cpu:0"])
+    client = signed_in("ada", Role.EDITOR)
+    shown = client.get(f"/runs/{run.pk}").content.decode()
+    assert "node 0 on first-host (cpu:0)" in shown and "node 1 on second-host (cpu:0)" in shown
+    assert client.get("/workers").content.decode().count(f'href="/runs/{run.pk}"') == 2

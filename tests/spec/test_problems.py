@@ -35,6 +35,12 @@ def found(plain: Any) -> list[tuple[str, str]]:
         ({"model": {"attention": {"kind": "gqa", "n_heads": 3}}}, "/model/attention/n_kv_heads", "n_kv_heads 4 does not divide n_heads 3"),
         ({"parallel": {"expert": 3}}, "/parallel/expert", "parallel.expert 3 does not divide model.moe.n_experts 8"),
         (
+            {"parallel": {"data": 4, "nodes": 3}},
+            "/parallel/nodes",
+            "nodes 3 does not divide the 4 ranks of parallel.expert x parallel.data",
+        ),
+        ({"parallel": {"nodes": 0}}, "/parallel/nodes", "nodes: should be greater than or equal to 1, not 0"),
+        (
             {"parallel": {"expert": 2}, "model": {"moe": {"balance": [{"kind": "device_aux", "n_devices": 4}]}}},
             "/model/moe/balance",
             "model.moe.balance device_aux n_devices 4 is not parallel.expert 2: its devices are the ranks that share the experts",

@@ -24,6 +24,8 @@ class IngestServer:
     token: str = "mlr_test"
     records: dict[int, list[bytes]] = field(default_factory=dict)
     log: dict[int, bytes] = field(default_factory=dict)
+    hosts: dict[str, Any] | None = None
+    told: list[dict[str, Any]] = field(default_factory=list)
     desired: str = "run"
     checkpoint_requests: int = 0
     fenced: bool = False
@@ -106,12 +108,13 @@ class IngestServer:
         return None
 
     def _wish(self) -> dict[str, Any]:
-        return {"type": "command", "desired": self.desired, "checkpoint_requests": self.checkpoint_requests}
+        wish = {"type": "command", "desired": self.desired, "checkpoint_requests": self.checkpoint_requests}
+        return wish if self.hosts is None else wish | {"hosts": self.hosts}
 
     def _serve(self, connection: ServerConnection) -> None:
         self.connections += 1
         self._open.add(connection)
-        own = int(connection.request.path.partition("attempt=")[2])
+        own = int(connection.request.path.partition("attempt=")[2].partition("&")[0])
         try:
             if self.fenced:
                 connection.send('{"type":"fenced"}')
@@ -135,9 +138,7 @@ class IngestServer:
 
     def _take(self, connection: ServerConnection, own: int, place: dict[int, int], message: str | bytes) -> None:
         if isinstance(message, str):
-            assert json.loads(message) == {"type": "heartbeat"}
-            self.heartbeats += 1
-            connection.send(json.dumps(self._wish()))
+            self._hear(connection, json.loads(message))
         elif message[:1] == b"L":
             (offset,) = struct.unpack_from("<Q", message, 1)
             kept = self.log.get(own, b"")
@@ -147,6 +148,21 @@ class IngestServer:
         else:
             assert message[:1] == b"E"
             self._store(connection, place, message)
+
+    def _hear(self, connection: ServerConnection, message: dict[str, Any]) -> None:
+        """A heartbeat; or what a host of several says: where the ranks meet, which all are told, and that it has left."""
+        if message == {"type": "heartbeat"}:
+            self.heartbeats += 1
+        else:
+            assert self.hosts is not None
+            self.told.append(message)
+            if message["type"] == "left":
+                connection.send('{"type":"fenced"}')
+                connection.close(4409)
+                return
+            self.hosts = self.hosts | {"rendezvous": message["at"]}
+            self.tell(self._wish())
+        connection.send(json.dumps(self._wish()))
 
     def _store(self, connection: ServerConnection, place: dict[int, int], message: bytes) -> None:
         (attempt,) = struct.unpack_from("<I", message, 1)

@@ -25,6 +25,10 @@ from workers.verdict import Exit, judge
         ([64], "run", ("failed", "config_invalid", 64, None)),
         ([-11], "run", ("failed", "rank_killed", None, 11)),
         ([1], "run", ("failed", "error", 1, None)),
+        ([77, -9], "run", ("failed", "rank_killed", None, 9)),
+        ([77, 71], "run", ("failed", "oom", 71, None)),
+        ([77, 77], "run", ("failed", "peer_lost", 77, None)),
+        ([77, 75], "cancel", ("cancelled", "cancelled", 77, None)),
     ],
 )
 def test_how_the_ranks_ended_decides(codes: list[int], asked: str, expected: tuple[str, str, int | None, int | None]) -> None:
@@ -46,3 +50,5 @@ def test_the_trainers_own_words_win_over_the_logs_last_line() -> None:
     assert judge([Exit(0, 70)], asked="run", result={"detail": "ValueError: x"}, last_line="bye").detail == "ValueError: x"
     assert judge([Exit(0, 70)], asked="run", last_line="ImportError: y").detail == "ImportError: y"
     assert judge([Exit(1, 70)], asked="run").detail == "rank 1 exited with code 70"
+    lost = {"reason": "peer_lost", "detail": "connection reset"}
+    assert judge([Exit(0, 77), Exit(1, 70)], asked="run", result=lost, last_line="KeyError: z").detail == "KeyError: z", "of another rank"

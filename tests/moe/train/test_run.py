@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from moe.train import checkpoint, telemetry
-from moe.train.stop import DISK_FULL, ERROR, OUT_OF_MEMORY, DiskFull, NotFinite, SpecRefused, Stopped, classify
+from moe.train.stop import DISK_FULL, ERROR, OUT_OF_MEMORY, PEER_LOST, DiskFull, NotFinite, SpecRefused, Stopped, classify
 from spec import events
 from spec.accounting import price
 from tests.moe.train.tiny import HOME, Run, read_events
@@ -360,3 +360,9 @@ def test_what_torch_and_the_system_raise_has_a_reason() -> None:
     assert classify(torch.OutOfMemoryError("CUDA out of memory")) == (OUT_OF_MEMORY, "oom")
     assert classify(OSError(errno.ENOSPC, "No space left on device")) == (DISK_FULL, "disk_full")
     assert classify(ValueError("something else")) == (ERROR, "error")
+    assert classify(RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error [10.0.0.2]:43753: Connection reset by peer")) == (
+        PEER_LOST,
+        "peer_lost",
+    )
+    assert classify(RuntimeError("NCCL error: remote process exited, ncclRemoteError")) == (PEER_LOST, "peer_lost")
+    assert classify(RuntimeError("NCCL error: invalid usage, ncclInvalidUsage")) == (ERROR, "error")

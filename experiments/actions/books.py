@@ -1,0 +1,64 @@
+"""What the server's books say of workers: which of their devices are taken, and what they could take."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+from django.db.models import F, Q
+from django.db.models.functions import Now
+
+from experiments.actions.now import after_now
+from experiments.models import LIVE, Node, Run, Worker
+
+WORKER_SILENT_S = 60
+"""A worker that has not been heard for so long counts as away."""
+
+
+@dataclass(frozen=True)
+class Books:
+    """The workers that are alive, and the devices of each run, part of a run and kept place that holds one of their slots."""
+
+    workers: list[Worker]
+    taken: dict[int, list[list[str]]]
+
+    @classmethod
+    def read(cls) -> Books:
+        """As they are now."""
+        alive = list(Worker.objects.filter(last_seen__gt=after_now(-WORKER_SILENT_S)).order_by("pk"))
+        return cls(alive, _taken([worker.pk for worker in alive], Q(lease_until__gt=Now())))
+
+    def could_take(self, worker: Worker, run: Run, kind: str, *, now: bool) -> bool:
+        """Whether the worker has a slot and devices of that kind for a host's share of the run; `now`: whether they are free."""
+        share, n_cuda = run.world_size // run.node_count, n_cuda_of(worker)
+        if kind_for(run, n_cuda) != kind or worker.slots < 1:
+            return False
+        busy = self.taken.get(worker.pk, []) if now else []
+        taken = {device for devices in busy for device in devices if device.startswith("cuda")}
+        room = n_cuda - len(taken) >= share if kind == "cuda" else any(device.get("kind") == "cpu" for device in worker.devices)
+        return room and len(busy) < worker.slots
+
+
+def taken_by(worker: Worker) -> list[list[str]]:
+    """The devices of each run, part of a run and place that holds a slot of the worker; a place does until somebody lets go of it."""
+    return _taken([worker.pk], Q()).get(worker.pk, [])
+
+
+def _taken(workers: list[int], kept: Q) -> dict[int, list[list[str]]]:
+    alone = Run.objects.filter(worker__in=workers, state__in=LIVE, node_count=1)
+    parts = Node.objects.filter(worker__in=workers).filter((Q(attempt=0) & kept) | Q(attempt__gt=0, attempt=F("run__attempt"), run__state__in=LIVE))
+    found: defaultdict[int, list[list[str]]] = defaultdict(list)
+    for rows in (alone, parts):
+        for worker, devices in rows.values_list("worker_id", "devices"):
+            found[worker].append(devices)
+    return dict(found)
+
+
+def n_cuda_of(worker: Worker) -> int:
+    """How many CUDA devices it has, free or not."""
+    return sum(device.get("kind") == "cuda" for device in worker.devices)
+
+
+def kind_for(run: Run, n_cuda: int) -> str:
+    """`cuda` or `cpu`: what the run's ranks take on a worker with `n_cuda` CUDA devices."""
+    return "cuda" if run.device == "cuda" or (run.device == "auto" and n_cuda >= run.world_size // run.node_count) else "cpu"

@@ -1,0 +1,81 @@
+"""The hosts of an attempt that has several: their right to speak, their leases, where they meet, and what became of them.
+
+Node 0 speaks for the attempt and judges it (see attempt): what is noted here of another node reaches it as a command, and it ends the
+attempt for that reason. A node that has left, or whose attempt is over, is fenced.
+"""
+
+from __future__ import annotations
+
+import hmac
+from dataclasses import dataclass
+
+from django.db.models import F, QuerySet
+from django.db.models.functions import Now
+
+from experiments import secret
+from experiments.actions.lease import LEASE_S
+from experiments.actions.now import after_now
+from experiments.live.publish import publish_run
+from experiments.models import LIVE, Node
+
+PEER_LOST = "peer_lost"
+"""The reason of a node that only noticed that another was gone: any other node's reason says more."""
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """What the hosts of an attempt must know of each other: where the ranks meet ("" until node 0 has said so), and why it cannot go on."""
+
+    rendezvous: str
+    lost: tuple[str, str] | None
+    """(reason, detail) of the node that has failed."""
+
+
+def hosts_of(run_id: int, attempt: int) -> Hosts:
+    """As node 0 has told it, and the others."""
+    rows = list(Node.objects.filter(run=run_id, attempt=attempt).order_by("rank").values_list("rank", "rendezvous", "outcome", "reason", "detail"))
+    others = [row for row in rows if row[0] > 0]
+    failed = [(reason, detail) for _, _, outcome, reason, detail in others if outcome == "failed"]
+    plain = [lost for lost in failed if lost[0] != PEER_LOST]
+    all_left = all(outcome for _, _, outcome, _, _ in others)
+    lost = plain[0] if plain else failed[0] if failed and all_left else None
+    return Hosts(rows[0][1] if rows else "", lost)
+
+
+def may_speak(run_id: int, attempt: int, rank: int, bearer: str) -> bool:
+    """Whether `bearer` is the token of that node."""
+    known = Node.objects.filter(run=run_id, attempt=attempt, rank=rank, attempt__gt=0).values_list("token_sha256", flat=True).first()
+    return known is not None and hmac.compare_digest(known, secret.digest(bearer))
+
+
+def present(run_id: int, attempt: int, rank: int) -> QuerySet[Node]:
+    """The node, if it has not left and its attempt lives."""
+    return Node.objects.filter(run=run_id, attempt=attempt, rank=rank, outcome="", run__attempt=F("attempt"), run__state__in=LIVE)
+
+
+def renew_node(run_id: int, attempt: int, rank: int) -> bool:
+    """Extends the node's lease by LEASE_S from now; False where it is fenced."""
+    return bool(present(run_id, attempt, rank).update(lease_until=after_now(LEASE_S)))
+
+
+def announce(run_id: int, attempt: int, rendezvous: str) -> None:
+    """Node 0 says where the ranks meet."""
+    if present(run_id, attempt, 0).exclude(rendezvous=rendezvous).update(rendezvous=rendezvous):
+        publish_run(run_id)
+
+
+def leave_node(run_id: int, attempt: int, rank: int, *, outcome: str, reason: str, detail: str) -> None:
+    """The node's ranks have ended. The first word counts."""
+    if present(run_id, attempt, rank).update(outcome=outcome, reason=reason[:64], detail=detail):
+        publish_run(run_id)
+
+
+def lose_silent_nodes() -> list[int]:
+    """Gives up the nodes that were not heard from for their whole lease; returns their runs."""
+    live = Node.objects.filter(attempt=F("run__attempt"), run__state__in=LIVE)
+    silent = live.select_for_update(skip_locked=True, of=("self",)).filter(attempt__gt=0, rank__gt=0, outcome="", lease_until__lt=Now())
+    lost = list(silent.select_related("worker").order_by("pk")[:1000])
+    for node in lost:
+        detail = f"node {node.rank} on {node.worker.name} was not heard from for its whole lease"
+        leave_node(node.run_id, node.attempt, node.rank, outcome="failed", reason="worker_lost", detail=detail)
+    return [node.run_id for node in lost]

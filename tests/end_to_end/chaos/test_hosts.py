@@ -1,0 +1,257 @@
+"""One run on two hosts, each with a network, a host name and a home of its own: they train together, one vanishes, the run goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from tests.end_to_end.chaos.conftest import NOT_OURS, PROJECT, Lab, free_port
+
+TWO_HOSTS = {
+    "parallel.data": 2, "parallel.nodes": 2, "parallel.threads": 1, "training.checkpoint_every": 10, "training.eval_every": 0,
+    "training.batch_size": 4, "data.seq_len": 64, "data.domains": ["tables"], "model.n_layers": 2, "model.d_model": 64,
+    "model.moe.d_expert": 64, "model.d_ff": 128,
+}  # fmt: skip
+
+
+def ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
+
+
+def why_not() -> str:
+    """Why this machine does not allow hosts of its own; "" where it does."""
+    if not all(shutil.which(tool) for tool in ("ip", "nsenter", "unshare")):
+        return "iproute2 and util-linux are needed to make hosts"
+    name = f"mlt{os.getpid()}"
+    try:
+        ip("netns", "add", name)
+        ip("netns", "del", name)
+    except subprocess.CalledProcessError as error:
+        return f"network namespaces are not permitted: {error.stderr.strip()}"
+    return ""
+
+
+ESTABLISHED = "01"
+NO_HOSTS = why_not()
+pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.skipif(bool(NO_HOSTS), reason=NO_HOSTS), pytest.mark.timeout(400)]
+
+
+class TrainingHost:
+    """A network namespace with one address on the bridge, a host name, a home, and a worker."""
+
+    def __init__(self, name: str, number: int, bridge: str, subnet: str, environment: dict[str, str]) -> None:
+        self.name, self.address = name, f"{subnet}.{number + 1}"
+        self.home = Path(tempfile.mkdtemp(prefix=f"{name}-"))
+        self._link = f"{name}o"
+        self._environment = environment | {"MOELAB_HOME": str(self.home), "MOELAB_WORKER_NAME": name}
+        ip("netns", "add", name)
+        ip("link", "add", self._link, "type", "veth", "peer", "name", "eth0", "netns", name)
+        ip("link", "set", self._link, "master", bridge, "up")
+        for command in (["link", "set", "lo", "up"], ["link", "set", "eth0", "up"], ["addr", "add", f"{self.address}/24", "dev", "eth0"]):
+            ip("-n", name, *command)
+
+    def start_worker(self) -> None:
+        own_name = ["unshare", "--uts", "sh", "-c", f'hostname {self.name} && exec "$@"', "sh"]
+        command = ["nsenter", f"--net=/run/netns/{self.name}", *own_name, sys.executable, "-m", "moelab.cli", "worker"]
+        with (self.home / "worker.log").open("ab") as log:
+            subprocess.Popen(command, env=self._environment, stdout=log, stderr=log, cwd=PROJECT, start_new_session=True)
+
+    def processes(self) -> list[psutil.Process]:
+        """Everything alive on this host."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("MOELAB_HOME") == str(self.home) and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+    def trainers(self) -> list[psutil.Process]:
+        found = []
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):
+                if "moe.train" in process.cmdline():
+                    found.append(process)
+        return found
+
+    def peers(self) -> set[str]:
+        """The addresses to which this host has connections, but for its own."""
+        (trainer,) = self.trainers()
+        rows = [line.split() for line in Path(f"/proc/{trainer.pid}/net/tcp").read_text().splitlines()[1:]]
+        remote = {socket.inet_ntoa(int(row[2].partition(":")[0], 16).to_bytes(4, sys.byteorder)) for row in rows if row[3] == ESTABLISHED}
+        return remote - {self.address, "127.0.0.1"}
+
+    def vanish(self) -> None:
+        """Every process of the host dies at once."""
+        for _ in range(3):
+            for process in self.processes():
+                with contextlib.suppress(psutil.Error):
+                    os.kill(process.pid, signal.SIGKILL)
+
+    def unplug(self) -> None:
+        ip("link", "set", self._link, "down")
+
+    def plug_in(self) -> None:
+        ip("link", "set", self._link, "up")
+
+    def remove(self) -> None:
+        self.vanish()
+        subprocess.run(["ip", "netns", "del", self.name], check=False, capture_output=True)
+        subprocess.run(["ip", "link", "del", self._link], check=False, capture_output=True)
+        shutil.rmtree(self.home, ignore_errors=True)
+
+
+class Network(Lab):
+    """The lab whose hosts are elsewhere."""
+
+    hosts: list[TrainingHost]
+    server_address: str
+
+    def logs(self) -> str:
+        paths = [path for host in self.hosts for path in [host.home / "worker.log", *host.home.glob("runs/*/attempts/*/*.log")]]
+        paths += [path for host in self.hosts for path in host.home.glob("runs/*/attempts/*/log.txt")]
+        return super().logs() + "\n".join(f"== {path}\n{path.read_text(errors='replace')[-1500:]}" for path in paths)
+
+    def run(self, run_id: int) -> dict[str, Any]:
+        return dict(self.client.run(run_id))
+
+    def transitions(self, run_id: int) -> list[tuple[str, str, str]]:
+        found = self.client.http.request("GET", f"/runs/{run_id}/transitions").json()["items"]
+        return [(row["to_state"], row["reason"], row["detail"]) for row in found]
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Network]:
+    bridge, subnet = f"mlbr{os.getpid()}"[:15], f"10.77.{os.getpid() % 250}"
+    home = Path(tempfile.mkdtemp(prefix="moelab-hosts-"))
+    home.chmod(0o755)
+    ip("link", "add", bridge, "type", "bridge")
+    up, hosts = None, []
+    try:
+        ip("addr", "add", f"{subnet}.1/24", "dev", bridge)
+        ip("link", "set", bridge, "up")
+        env = {name: value for name, value in os.environ.items() if name not in NOT_OURS} | {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+        log = (home / "up.log").open("wb")
+        command = [sys.executable, "-m", "moelab.cli", "up", "--no-worker", "--host", f"{subnet}.1", "--allow-remote", "--port", str(free_port())]
+        up = subprocess.Popen(command, env=env | {"MOELAB_HOME": str(home)}, stdout=log, stderr=log, cwd=PROJECT)
+        deadline = time.monotonic() + 60
+        while b"moelab is up" not in (home / "up.log").read_bytes():
+            assert up.poll() is None and time.monotonic() < deadline, (home / "up.log").read_text()
+            time.sleep(0.1)
+        lab = Network(home, up)
+        redis = next(json.loads(path.read_text())["REDIS_URL"] for path in home.glob("*.json") if "REDIS_URL" in path.read_text())
+        token = str(lab.client.create_token("hosts", ["worker"])["secret"])
+        env |= {"MOELAB_SERVER": lab.client.server, "MOELAB_TOKEN": token, "REDIS_URL": redis}
+        hosts += [TrainingHost(f"ml{os.getpid()}h{number}", number, bridge, subnet, env) for number in (1, 2)]
+        lab.hosts, lab.server_address = hosts, f"{subnet}.1"
+        yield lab
+    finally:
+        for host in hosts:
+            host.remove()
+        if up is not None:
+            up.send_signal(signal.SIGTERM)
+            up.wait(40)
+        ip("link", "del", bridge)
+        shutil.rmtree(home, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left(lab: Network) -> Iterator[None]:
+    """What a test leaves in training must not keep the hosts from the next one."""
+    yield
+    for run in lab.client.runs():
+        if run["state"] not in ("succeeded", "failed", "cancelled"):
+            lab.client.cancel(run["id"])
+            lab.client.wait(run["id"], timeout_s=60)
+
+
+def test_two_hosts_train_one_run_and_it_survives_the_loss_of_either(lab: Network) -> None:
+    one, two = lab.hosts
+    one.start_worker()
+    steps = 4000
+    run_id = int(lab.client.submit(preset="nano-mixtral", overrides=TWO_HOSTS | {"training.steps": steps}, name="two hosts")["id"])
+    lab.wait(lambda: lab.client.http.request("GET", "/workers").json()["items"], 40)
+    time.sleep(2)
+    assert lab.run(run_id)["state"] == "queued", "half of its hosts are not enough"
+    two.start_worker()
+    lab.wait_for_step(run_id, 30, 120)
+    run = lab.run(run_id)
+    assert run["attempt"] == 1
+    assert sorted(node["worker"] for node in run["nodes"]) == [one.name, two.name]
+    assert [len(host.trainers()) for host in lab.hosts] == [1, 1]
+    first = next(host for host in lab.hosts if host.name == run["nodes"][0]["worker"])
+    other = next(host for host in lab.hosts if host is not first)
+    assert [host.peers() - {lab.server_address} for host in (first, other)] == [{other.address}, {first.address}], "they talk to each other"
+
+    # A host vanishes with all that runs on it.
+    other.vanish()
+    began = time.monotonic()
+    lab.wait(lambda: lab.run(run_id)["state"] == "queued", 60)
+    seconds = time.monotonic() - began
+    print(f"the loss of a host was noticed after {seconds:.1f} s")
+    assert ("queued", "worker_lost", f"node 1 on {other.name} was not heard from for its whole lease") in lab.transitions(run_id)
+    lab.wait(lambda: not first.trainers(), 5)
+    reached = lab.last_step(run_id)
+    other.start_worker()
+    lab.wait_for_step(run_id, reached + 30, 150)
+    run = lab.run(run_id)
+    assert (run["attempt"], run["nodes"][0]["worker"]) == (2, first.name), "the host with the checkpoint is the first one again"
+    assert run["resumed_from_step"] > 0 and reached - run["resumed_from_step"] < 200
+
+    # The network of the first host goes away: nobody tells anybody anything.
+    first.unplug()
+    lab.wait(lambda: lab.run(run_id)["state"] == "queued", 60)
+    lab.wait(lambda: not other.trainers(), 10)
+    assert ("queued", "worker_lost", f"attempt 2 on {first.name} was not heard from for its whole lease") in lab.transitions(run_id)
+    first.plug_in()
+    lab.wait(lambda: lab.run(run_id)["attempt"] >= 3 and lab.run(run_id)["state"] == "running", 150)
+    run = lab.run(run_id)
+    assert run["nodes"][0]["worker"] == first.name and run["resumed_from_step"] > 0
+
+    # A checkpoint on request, then the end: both hosts stop together, and each step was stored once.
+    lab.wait_for_step(run_id, run["resumed_from_step"] + 20, 60)
+    lab.client.pause(run_id)
+    lab.wait(lambda: lab.run(run_id)["state"] == "paused", 30)
+    lab.wait(lambda: not one.trainers() and not two.trainers(), 10)
+    stored = lab.client.http.request("GET", f"/runs/{run_id}/metrics/loss?exact=1").json()
+    assert stored["steps"] == list(range(1, lab.last_step(run_id) + 1))
+    lab.client.cancel(run_id)
+
+
+def test_a_killed_rank_ends_the_attempt_on_both_hosts_with_its_own_reason(lab: Network) -> None:
+    run_id = int(lab.client.submit(preset="nano-mixtral", overrides=TWO_HOSTS | {"training.steps": 4000}, name="rank killed")["id"])
+    lab.wait_for_step(run_id, 15, 120)
+    run = lab.run(run_id)
+    other = next(host for host in lab.hosts if host.name == run["nodes"][1]["worker"])
+    (rank,) = other.trainers()
+    os.kill(rank.pid, signal.SIGKILL)
+    lab.wait(lambda: lab.run(run_id)["attempt"] == 2 and lab.run(run_id)["state"] == "running", 90)
+    assert ("queued", "rank_killed", "rank 1 was ended by SIGKILL") in lab.transitions(run_id)
+    lab.client.cancel(run_id)
+    assert lab.client.wait(run_id, timeout_s=30)["state"] == "cancelled"
+    lab.wait(lambda: not any(host.trainers() for host in lab.hosts), 10)
+
+
+def test_a_run_on_two_hosts_has_the_losses_of_one_on_one(lab: Network) -> None:
+    overrides = TWO_HOSTS | {"training.steps": 40}
+    wide = int(lab.client.submit(preset="nano-mixtral", overrides=overrides, name="wide")["id"])
+    assert lab.client.wait(wide, timeout_s=120)["state"] == "succeeded"
+    narrow = int(lab.client.submit(preset="nano-mixtral", overrides=overrides | {"parallel.nodes": 1}, name="narrow")["id"])
+    assert lab.client.wait(narrow, timeout_s=120)["state"] == "succeeded"
+    np.testing.assert_array_equal(lab.steps(wide).arrays["step"], np.arange(1, 41))
+    np.testing.assert_array_equal(lab.steps(wide).arrays["scalars"][:, :4], lab.steps(narrow).arrays["scalars"][:, :4])
+    assert "[0] " in lab.client.http.request("GET", f"/runs/{wide}/logs").text

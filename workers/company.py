@@ -1,0 +1,53 @@
+"""The other hosts of an attempt, as this one hears of them through the server: where the ranks meet, and which host has failed."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+
+from moelab.shipper import Shipper
+from workers.claim import Claim
+from workers.meeting import Meeting
+from workers.verdict import PEER_LOST, Verdict
+
+OTHERS_S = 40.0
+"""How long node 0, whose ranks have lost another host's, waits to hear why: longer than a lease and a round of the reconciler."""
+_LOOK_S = 0.1
+
+
+class Company:
+    """Nobody, where the run is on one host."""
+
+    def __init__(self, claim: Claim) -> None:
+        self._claim = claim
+        self._place = ""
+        self._lost: Verdict | None = None
+        self._lost_first = False
+
+    def hear(self, place: str, lost: Mapping[str, str] | None, *, all_well_here: bool) -> bool:
+        """What the server says of the hosts; True if the attempt cannot go on. Ending it is node 0's alone."""
+        self._place = place or self._place
+        if lost is None or self._lost is not None or self._claim.node:
+            return False
+        self._lost, self._lost_first = Verdict("failed", lost["reason"], lost["detail"]), all_well_here
+        return True
+
+    async def meet(self, shipper: Shipper, wanted: Callable[[], bool]) -> Meeting | None:
+        """Where the ranks of all hosts meet: node 0 says so, the others wait while it is `wanted`. Raises OSError."""
+        if self._claim.node == 0:
+            meeting = Meeting.called(self._claim.nodes)
+            shipper.say({"type": "rendezvous", "at": meeting.place})
+            return meeting
+        while not self._place and wanted():
+            await asyncio.sleep(_LOOK_S)
+        return Meeting(self._claim.nodes, self._place) if self._place else None
+
+    async def judge(self, verdict: Verdict, wanted: Callable[[], bool]) -> Verdict:
+        """Our ranks' verdict, or the other host's where that came first, or where our ranks only noticed that theirs were gone."""
+        if self._claim.nodes == 1 or self._claim.node or verdict.outcome != "failed":
+            return verdict
+        deadline = time.monotonic() + OTHERS_S
+        while verdict.exit_code == PEER_LOST and self._lost is None and wanted() and time.monotonic() < deadline:
+            await asyncio.sleep(_LOOK_S)
+        return self._lost if self._lost is not None and (self._lost_first or verdict.exit_code == PEER_LOST) else verdict

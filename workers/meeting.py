@@ -1,0 +1,92 @@
+"""Where the ranks of a run on several hosts meet: this host's address, and the socket that node 0 opens there for its first rank.
+
+The port is open before anybody hears of it and is handed to the rank itself, so that nobody can take it in between; it listens at that
+address alone.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+import psutil
+
+from moelab.connection import find_server
+
+_ELSEWHERE = ("192.0.2.1", 9)  # an address for documentation: nothing is sent there, but the kernel says by which way it would be
+
+
+def own_address() -> str:
+    """MOELAB_ADDRESS; else the address from which this host reaches the server or, where that is loopback, other networks."""
+    given = os.environ.get("MOELAB_ADDRESS")
+    if given:
+        return given
+    server = urlsplit(find_server().server)
+    towards_server = _source((server.hostname or "127.0.0.1", server.port or 80))
+    loopback = towards_server is None or towards_server.startswith("127.") or towards_server == "::1"
+    return (_source(_ELSEWHERE) if loopback else None) or towards_server or "127.0.0.1"
+
+
+def _source(target: tuple[str, int]) -> str | None:
+    """The address of ours from which packets to `target` would go; None where there is no way."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(*target, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)
+            return str(probe.getsockname()[0])
+    except OSError:
+        return None
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface that has `address`, for gloo and NCCL; None where no interface says so."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(known.address.partition("%")[0] == address for known in addresses):
+            return name
+    return None
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Where the ranks of `nodes` hosts meet: `place` is `address:port`, and node 0 holds the `listener` there."""
+
+    nodes: int
+    place: str
+    listener: socket.socket | None = None
+
+    @classmethod
+    def called(cls, nodes: int) -> Meeting:
+        """One at this host's own address, at MOELAB_RENDEZVOUS_PORT if that is set. Raises OSError."""
+        address = own_address()
+        listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((address, int(os.environ.get("MOELAB_RENDEZVOUS_PORT", "0"))))
+            listener.listen(4096)
+        except OSError:
+            listener.close()
+            raise
+        port = listener.getsockname()[1]
+        return cls(nodes, f"[{address}]:{port}" if ":" in address else f"{address}:{port}", listener)
+
+    @property
+    def fds(self) -> list[int]:
+        """What the first rank inherits."""
+        return [] if self.listener is None else [self.listener.fileno()]
+
+    def environment(self) -> dict[str, str]:
+        """What a rank needs to come here, and to talk over the interface by which this host is known."""
+        found = {"MOELAB_RENDEZVOUS": f"tcp://{self.place}"}
+        if self.listener is not None:
+            found["MOELAB_RENDEZVOUS_FD"] = str(self.listener.fileno())
+        interface = interface_of(own_address())
+        if interface:
+            found |= {name: interface for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if name not in os.environ}
+        return found
+
+    def close(self) -> None:
+        """The ranks have what they need."""
+        if self.listener is not None:
+            self.listener.close()
