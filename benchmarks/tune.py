@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.device_time import Work, measure, smi
-from benchmarks.kernels import TARGETS, Layer, Shape
+from benchmarks.kernels import SHAPES, Layer, Shape
 from kernels import aot, blocks
 from kernels.blocks import Blocks, Case, LayerBlocks, mean_rows, usual_layer_blocks
 from kernels.experts_backward_triton import hidden_gradient, weight_gradient
@@ -139,9 +139,8 @@ def entry(shape: Shape, base: Search, best: Search, capability: int) -> dict[str
 
 def main(argv: list[str]) -> dict[str, Any]:
     """Search for each shape; the entries that were written."""
-    shapes = list(TARGETS)
     parser = argparse.ArgumentParser(prog="benchmarks.tune", description="Search tile sizes on this CUDA device.")
-    parser.add_argument("--shape", type=int, action="append", choices=range(len(shapes)), help="; ".join(map(str, shapes)))
+    parser.add_argument("--shape", type=int, action="append", choices=range(len(SHAPES)), help="; ".join(map(str, SHAPES)))
     parser.add_argument("--seconds", type=float, default=1500.0, help="after so long no new search begins")
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():
@@ -150,7 +149,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     capability = 10 * major + minor
     if capability not in aot.DEVICES:
         raise SystemExit(f"sm_{capability} is not one of those that kernels.aot compiles for: {', '.join(f'sm_{known}' for known in aot.DEVICES)}.")
-    wanted = [shapes[i] for i in options.shape] if options.shape else shapes
+    wanted = [SHAPES[i] for i in options.shape] if options.shape else SHAPES
     end, written = time.monotonic() + options.seconds, []
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:  # a fork would share this process's CUDA context
         for left, shape in zip(range(len(wanted), 0, -1), wanted, strict=True):

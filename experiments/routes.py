@@ -62,6 +62,7 @@ ROUTES: Mapping[str, Mapping[str, Need]] = {
     f"{_RUN}/steps": {"GET": VIEW},
     f"{_RUN}/routing": {"GET": VIEW},
     f"{_RUN}/specialisation": {"GET": VIEW},
+    f"{_RUN}/placement": {"GET": VIEW},
     f"{_RUN}/export/<str:file>": {"GET": VIEW},
     f"{_RUN}/generations": {"GET": VIEW, "POST": EDIT},
     f"{_RUN}/generations/<int:generation_id>": {"GET": VIEW, "DELETE": EDIT},

@@ -26,6 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler import compile as compile_kernel
 
+from kernels import aot_routing
 from kernels.activation import GATED
 from kernels.blocks import Blocks, LayerBlocks, tuned, usual_layer_blocks
 from kernels.combine_triton import _combine
@@ -152,6 +153,8 @@ def works(capability: int) -> Iterator[tuple[str, Work]]:
     small = Blocks(warps=4)
     yield "combine", Work(combine_source("bf16"), small)
     yield "row_sum", Work(source(_row_sum, "bf16", {"BLOCK_ROWS": 32, "BLOCK": 128}), small)
+    for name, routing, warps in aot_routing.works():
+        yield name, Work(routing, Blocks(warps=warps))
     for suffix, name, activation, biased, width, pointers, wanted in LAYERS:
         dtype, element_bytes = TYPES[name]
         blocks = usual_layer_blocks(capability // 10, element_bytes, gated=activation in GATED, width=width, expert_width=width)

@@ -120,40 +120,50 @@ def _by_row(sink_H: Tensor | None, q_NJSC: Tensor) -> Tensor | None:
     return sink_H.view(-1, n_sharing).repeat(n_rows * n_sharing // len(sink_H), 1)[:, :, None, None]
 
 
+def forward(q_NJSC: Tensor, k_NPC: Tensor, v_NPV: Tensor, sink_H: Tensor | None, sight: Sight, scale: float) -> Tensor:
+    """`attend`, [N, J, S, V], without gradients."""
+    y_NJSV = q_NJSC.new_empty(*q_NJSC.shape[:3], v_NPV.shape[2])
+    sink_NJ11 = _by_row(sink_H, q_NJSC)
+    for work in _pieces(q_NJSC, k_NPC, sight):
+        q_NJQC = q_NJSC[work.heads, :, work.queries]
+        prob_NJQK, _ = _probabilities(q_NJQC, k_NPC[work.heads, work.keys], sink_NJ11, work, scale)
+        y_NMV = torch.bmm(prob_NJQK.flatten(1, 2).to(v_NPV.dtype), v_NPV[work.heads, work.keys])
+        y_NJSV[work.heads, :, work.queries] = y_NMV.unflatten(1, (q_NJSC.shape[1], -1))
+    return y_NJSV
+
+
+def backward(
+    dy_NJSV: Tensor, q_NJSC: Tensor, k_NPC: Tensor, v_NPV: Tensor, sink_H: Tensor | None, sight: Sight, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The gradients of q, k, v and the sinks: with p the probabilities and s the sink's share, dscore = p (dp - sum p dp), dsink = -s sum p dp."""
+    sink_NJ11 = _by_row(sink_H, q_NJSC)
+    dq_NJSC, dk_NPC, dv_NPV = torch.empty_like(q_NJSC), torch.zeros_like(k_NPC), torch.zeros_like(v_NPV)
+    dsink_NJ = None if sink_NJ11 is None else sink_NJ11.new_zeros(q_NJSC.shape[:2])
+    for work in _pieces(q_NJSC, k_NPC, sight):
+        q_NJQC, dy_NJQV = q_NJSC[work.heads, :, work.queries], dy_NJSV[work.heads, :, work.queries]
+        k_NKC, v_NKV = k_NPC[work.heads, work.keys], v_NPV[work.heads, work.keys]
+        prob_NJQK, aside_NJQ1 = _probabilities(q_NJQC, k_NKC, sink_NJ11, work, scale)
+        q_NMC, dy_NMV = q_NJQC.flatten(1, 2), dy_NJQV.flatten(1, 2).to(v_NKV.dtype)
+        dprob_NJQK = torch.bmm(dy_NMV, v_NKV.transpose(1, 2)).view_as(prob_NJQK).to(prob_NJQK.dtype)
+        pull_NJQ1 = (prob_NJQK * dprob_NJQK).sum(-1, keepdim=True)
+        dv_NPV[work.heads, work.keys] += torch.bmm(prob_NJQK.flatten(1, 2).transpose(1, 2).to(dy_NMV.dtype), dy_NMV)
+        dscore_NMK = dprob_NJQK.sub_(pull_NJQ1).mul_(prob_NJQK).mul_(scale).flatten(1, 2).to(q_NMC.dtype)
+        dk_NPC[work.heads, work.keys] += torch.bmm(dscore_NMK.transpose(1, 2), q_NMC)
+        dq_NJSC[work.heads, :, work.queries] = torch.bmm(dscore_NMK, k_NKC).unflatten(1, (q_NJSC.shape[1], -1))
+        if dsink_NJ is not None and aside_NJQ1 is not None:
+            dsink_NJ[work.heads] -= (aside_NJQ1 * pull_NJQ1).sum((-2, -1)).to(dsink_NJ.dtype)
+    dsink_H = None if sink_H is None or dsink_NJ is None else dsink_NJ.view(-1, len(sink_H)).sum(0)
+    return dq_NJSC, dk_NPC, dv_NPV, dsink_H
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q_NJSC: Tensor, k_NPC: Tensor, v_NPV: Tensor, sink_H: Tensor | None, sight: Sight, scale: float) -> Tensor:
-        y_NJSV = q_NJSC.new_empty(*q_NJSC.shape[:3], v_NPV.shape[2])
-        sink_NJ11 = _by_row(sink_H, q_NJSC)
-        for work in _pieces(q_NJSC, k_NPC, sight):
-            q_NJQC = q_NJSC[work.heads, :, work.queries]
-            prob_NJQK, _ = _probabilities(q_NJQC, k_NPC[work.heads, work.keys], sink_NJ11, work, scale)
-            y_NMV = torch.bmm(prob_NJQK.flatten(1, 2).to(v_NPV.dtype), v_NPV[work.heads, work.keys])
-            y_NJSV[work.heads, :, work.queries] = y_NMV.unflatten(1, (q_NJSC.shape[1], -1))
         ctx.save_for_backward(q_NJSC, k_NPC, v_NPV, sink_H)
         ctx.sight, ctx.scale = sight, scale
-        return y_NJSV
+        return forward(q_NJSC, k_NPC, v_NPV, sink_H, sight, scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_NJSV: Tensor) -> tuple[Tensor | None, ...]:
-        """With p the probabilities and s the sink's share: dscore = p (dp - sum p dp), dsink = -s sum p dp."""
-        q_NJSC, k_NPC, v_NPV, sink_H = ctx.saved_tensors
-        scale, sink_NJ11 = ctx.scale, _by_row(sink_H, q_NJSC)
-        dq_NJSC, dk_NPC, dv_NPV = torch.empty_like(q_NJSC), torch.zeros_like(k_NPC), torch.zeros_like(v_NPV)
-        dsink_NJ = None if sink_NJ11 is None else sink_NJ11.new_zeros(q_NJSC.shape[:2])
-        for work in _pieces(q_NJSC, k_NPC, ctx.sight):
-            q_NJQC, dy_NJQV = q_NJSC[work.heads, :, work.queries], dy_NJSV[work.heads, :, work.queries]
-            k_NKC, v_NKV = k_NPC[work.heads, work.keys], v_NPV[work.heads, work.keys]
-            prob_NJQK, aside_NJQ1 = _probabilities(q_NJQC, k_NKC, sink_NJ11, work, scale)
-            q_NMC, dy_NMV = q_NJQC.flatten(1, 2), dy_NJQV.flatten(1, 2).to(v_NKV.dtype)
-            dprob_NJQK = torch.bmm(dy_NMV, v_NKV.transpose(1, 2)).view_as(prob_NJQK).to(prob_NJQK.dtype)
-            pull_NJQ1 = (prob_NJQK * dprob_NJQK).sum(-1, keepdim=True)
-            dv_NPV[work.heads, work.keys] += torch.bmm(prob_NJQK.flatten(1, 2).transpose(1, 2).to(dy_NMV.dtype), dy_NMV)
-            dscore_NMK = dprob_NJQK.sub_(pull_NJQ1).mul_(prob_NJQK).mul_(scale).flatten(1, 2).to(q_NMC.dtype)
-            dk_NPC[work.heads, work.keys] += torch.bmm(dscore_NMK.transpose(1, 2), q_NMC)
-            dq_NJSC[work.heads, :, work.queries] = torch.bmm(dscore_NMK, k_NKC).unflatten(1, (q_NJSC.shape[1], -1))
-            if dsink_NJ is not None and aside_NJQ1 is not None:
-                dsink_NJ[work.heads] -= (aside_NJQ1 * pull_NJQ1).sum((-2, -1)).to(dsink_NJ.dtype)
-        dsink_H = None if sink_H is None or dsink_NJ is None else dsink_NJ.view(-1, len(sink_H)).sum(0)
-        return dq_NJSC, dk_NPC, dv_NPV, dsink_H, None, None
+        return *backward(dy_NJSV, *ctx.saved_tensors, ctx.sight, ctx.scale), None, None

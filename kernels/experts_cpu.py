@@ -55,16 +55,38 @@ _CLAMPED = Pointwise(_clamped_value, _clamped_slope, LIMIT)
 POINTWISE = {"swiglu": _SILU, "geglu": _GELU, "gelu": _GELU, "relu": _RELU, "swiglu_clamped": _CLAMPED}
 
 
+Lap = Callable[[str], None]
+
+
+def _silent(_: str) -> None:
+    """Nobody asks what takes how long."""
+
+
 def expert_ffn(
-    x_TD: Tensor, w_in_EHD: Tensor, w_out_EDF: Tensor, expert_TK: Tensor, gate_TK: Tensor, activation: str, b_in_EH: Tensor | None = None
+    x_TD: Tensor,
+    w_in_EHD: Tensor,
+    w_out_EDF: Tensor,
+    expert_TK: Tensor,
+    gate_TK: Tensor,
+    activation: str,
+    b_in_EH: Tensor | None = None,
+    lap: Lap | None = None,
 ) -> Tensor:
     """As `experts_naive.expert_ffn`. Products are in x's dtype whatever the weights' dtype; weight gradients have the weights'.
 
-    Bit-reproducible for a given number of threads. Raises KeyError for an unknown activation.
+    Bit-reproducible for a given number of threads. `lap` is told when dispatch, experts and combine begin, in both passes: the gather of
+    rows, a piece at a time before its products, is the experts'. Raises KeyError for an unknown activation.
     """
-    plan = make_plan(expert_TK, w_in_EHD.shape[0], 32 if x_TD.dtype == torch.bfloat16 else 1)
-    y_TD: Tensor = _ExpertFfn.apply(x_TD, w_in_EHD, w_out_EDF, gate_TK, b_in_EH, plan, activation)
+    lap = lap or _silent
+    lap("dispatch")
+    plan = make_plan(expert_TK, w_in_EHD.shape[0], multiple(x_TD.dtype))
+    y_TD: Tensor = _ExpertFfn.apply(x_TD, w_in_EHD, w_out_EDF, gate_TK, b_in_EH, plan, activation, lap)
     return y_TD
+
+
+def multiple(dtype: torch.dtype) -> int:
+    """What each expert's rows are padded to a multiple of."""
+    return 32 if dtype == torch.bfloat16 else 1
 
 
 @dataclass(frozen=True)
@@ -89,54 +111,111 @@ def _pieces(size_E: list[int], most_rows: int) -> list[_Piece]:
     return pieces
 
 
+def forward(
+    x_TD: Tensor,
+    w_in_EHD: Tensor,
+    w_out_EDF: Tensor,
+    gate_TK: Tensor,
+    b_in_EH: Tensor | None,
+    plan: Plan,
+    activation: str,
+    h_RH: Tensor,
+    lap: Lap = _silent,
+) -> Tensor:
+    """The layer's output; the up-projection's goes into `h_RH`. All of one dtype but the gates and the bias."""
+    lap("experts")
+    pieces = _pieces(plan.size_E, PIECE_BYTES // (h_RH.shape[1] * x_TD.element_size()))
+    gate_R1, y_RD = _gates(x_TD, gate_TK, plan), _rows(x_TD, plan)
+    for piece in pieces:
+        h_NH = h_RH[piece.rows]
+        x_ND = x_TD.index_select(0, plan.token_R[piece.rows])
+        _multiply(x_ND, w_in_EHD[piece.experts].transpose(1, 2), h_NH, piece.sizes)
+        if b_in_EH is not None:
+            _add(b_in_EH[piece.experts], h_NH, piece.sizes)
+        act_NF = _activate(POINTWISE[activation], activation in GATED, h_NH).mul_(gate_R1[piece.rows])
+        _multiply(act_NF, w_out_EDF[piece.experts].transpose(1, 2), y_RD[piece.rows], piece.sizes)
+    lap("combine")
+    return F.embedding_bag(plan.row_TK, y_RD, mode="sum")
+
+
+@dataclass(frozen=True)
+class Dtypes:
+    """Those of the gradients: of both weights, the gates, and the bias where there is one."""
+
+    w_in: torch.dtype
+    w_out: torch.dtype
+    gate: torch.dtype
+    b_in: torch.dtype | None
+
+
+def backward(
+    dy_TD: Tensor,
+    x_TD: Tensor,
+    w_in_EHD: Tensor,
+    w_out_EDF: Tensor,
+    gate_TK: Tensor,
+    h_RH: Tensor,
+    plan: Plan,
+    activation: str,
+    dtypes: Dtypes,
+    lap: Lap = _silent,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """The gradients of x, both weights, the gates and the bias, where `h_RH` is what `forward` filled."""
+    lap("experts")
+    pieces = _pieces(plan.size_E, PIECE_BYTES // (h_RH.shape[1] * x_TD.element_size()))
+    dy_TD, gate_R1 = dy_TD.contiguous(), _gates(x_TD, gate_TK, plan)
+    dx_RD, dgate_R = _rows(x_TD, plan), x_TD.new_empty(plan.n_rows)
+    dw_in_EHD, dw_out_EDF = torch.empty_like(w_in_EHD, dtype=dtypes.w_in), torch.empty_like(w_out_EDF, dtype=dtypes.w_out)
+    db_in_EH = None if dtypes.b_in is None else torch.empty(w_in_EHD.shape[:2], dtype=dtypes.b_in)
+    for piece in pieces:
+        token_N, gate_N1, h_NH = plan.token_R[piece.rows], gate_R1[piece.rows], h_RH[piece.rows]
+        dy_ND = dy_TD.index_select(0, token_N)
+        dact_NF = x_TD.new_empty(len(token_N), w_out_EDF.shape[2])
+        _multiply(dy_ND, w_out_EDF[piece.experts], dact_NF, piece.sizes)
+        act_NF, dh_NH = _activate_backward(POINTWISE[activation], activation in GATED, h_NH, dact_NF, gate_N1, dgate_R[piece.rows])
+        _multiply(dh_NH, w_in_EHD[piece.experts], dx_RD[piece.rows], piece.sizes)
+        if db_in_EH is not None:
+            _sum_rows(dh_NH, db_in_EH[piece.experts], piece.sizes)
+        _multiply_rows(dh_NH, x_TD.index_select(0, token_N), dw_in_EHD[piece.experts], piece.sizes)
+        _multiply_rows(dy_ND, act_NF, dw_out_EDF[piece.experts], piece.sizes)
+    lap("dispatch")
+    dgate_TK = torch.zeros(plan.row_TK.shape, dtype=dtypes.gate)
+    dgate_TK.view(-1)[plan.slot_N] = dgate_R[plan.kept_N].to(dtypes.gate)
+    return F.embedding_bag(plan.row_TK, dx_RD, mode="sum"), dw_in_EHD, dw_out_EDF, dgate_TK, db_in_EH
+
+
 class _ExpertFfn(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, w_in_EHD: Tensor, w_out_EDF: Tensor, gate_TK: Tensor, b_in_EH: Tensor | None, plan: Plan, activation: str
+        ctx: Any,
+        x_TD: Tensor,
+        w_in_EHD: Tensor,
+        w_out_EDF: Tensor,
+        gate_TK: Tensor,
+        b_in_EH: Tensor | None,
+        plan: Plan,
+        activation: str,
+        lap: Lap,
     ) -> Tensor:
-        n_hidden = w_in_EHD.shape[1]
-        point, gated = POINTWISE[activation], activation in GATED
-        pieces = _pieces(plan.size_E, PIECE_BYTES // (n_hidden * x_TD.element_size()))
-        gate_R1 = x_TD.new_zeros(plan.n_rows, 1)
-        gate_R1[plan.kept_N, 0] = gate_TK.flatten()[plan.slot_N].to(x_TD.dtype)
-        h_RH, y_RD = x_TD.new_empty(plan.n_rows, n_hidden), _rows(x_TD, plan)
-        ctx.weight_dtypes, ctx.bias_dtype = (w_in_EHD.dtype, w_out_EDF.dtype), None if b_in_EH is None else b_in_EH.dtype
+        ctx.dtypes = Dtypes(w_in_EHD.dtype, w_out_EDF.dtype, gate_TK.dtype, None if b_in_EH is None else b_in_EH.dtype)
+        ctx.plan, ctx.activation, ctx.lap = plan, activation, lap
         w_in_EHD, w_out_EDF = w_in_EHD.to(x_TD.dtype), w_out_EDF.to(x_TD.dtype)
-        for piece in pieces:
-            h_NH = h_RH[piece.rows]
-            x_ND = x_TD.index_select(0, plan.token_R[piece.rows])
-            _multiply(x_ND, w_in_EHD[piece.experts].transpose(1, 2), h_NH, piece.sizes)
-            if b_in_EH is not None:
-                _add(b_in_EH[piece.experts], h_NH, piece.sizes)
-            act_NF = _activate(point, gated, h_NH).mul_(gate_R1[piece.rows])
-            _multiply(act_NF, w_out_EDF[piece.experts].transpose(1, 2), y_RD[piece.rows], piece.sizes)
-        ctx.save_for_backward(x_TD, w_in_EHD, w_out_EDF, gate_R1, h_RH)
-        ctx.plan, ctx.pieces, ctx.point, ctx.gated, ctx.gate_dtype = plan, pieces, point, gated, gate_TK.dtype
-        return F.embedding_bag(plan.row_TK, y_RD, mode="sum")
+        h_RH = x_TD.new_empty(plan.n_rows, w_in_EHD.shape[1])
+        y_TD = forward(x_TD, w_in_EHD, w_out_EDF, gate_TK, b_in_EH, plan, activation, h_RH, lap)
+        ctx.save_for_backward(x_TD, w_in_EHD, w_out_EDF, gate_TK, h_RH)
+        return y_TD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, w_in_EHD, w_out_EDF, gate_R1, h_RH = ctx.saved_tensors
-        plan: Plan = ctx.plan
-        dy_TD = dy_TD.contiguous()
-        dx_RD, dgate_R = _rows(x_TD, plan), x_TD.new_empty(plan.n_rows)
-        dw_in_EHD, dw_out_EDF = (torch.empty_like(w, dtype=dtype) for w, dtype in zip((w_in_EHD, w_out_EDF), ctx.weight_dtypes, strict=True))
-        db_in_EH = None if ctx.bias_dtype is None else torch.empty(w_in_EHD.shape[:2], dtype=ctx.bias_dtype)
-        for piece in ctx.pieces:
-            token_N, gate_N1, h_NH = plan.token_R[piece.rows], gate_R1[piece.rows], h_RH[piece.rows]
-            dy_ND = dy_TD.index_select(0, token_N)
-            dact_NF = x_TD.new_empty(len(token_N), w_out_EDF.shape[2])
-            _multiply(dy_ND, w_out_EDF[piece.experts], dact_NF, piece.sizes)
-            act_NF, dh_NH = _activate_backward(ctx.point, ctx.gated, h_NH, dact_NF, gate_N1, dgate_R[piece.rows])
-            _multiply(dh_NH, w_in_EHD[piece.experts], dx_RD[piece.rows], piece.sizes)
-            if db_in_EH is not None:
-                _sum_rows(dh_NH, db_in_EH[piece.experts], piece.sizes)
-            _multiply_rows(dh_NH, x_TD.index_select(0, token_N), dw_in_EHD[piece.experts], piece.sizes)
-            _multiply_rows(dy_ND, act_NF, dw_out_EDF[piece.experts], piece.sizes)
-        dgate_TK = torch.zeros(plan.row_TK.shape, dtype=ctx.gate_dtype)
-        dgate_TK.view(-1)[plan.slot_N] = dgate_R[plan.kept_N].to(ctx.gate_dtype)
-        return F.embedding_bag(plan.row_TK, dx_RD, mode="sum"), dw_in_EHD, dw_out_EDF, dgate_TK, db_in_EH, None, None
+        return *backward(dy_TD, *ctx.saved_tensors, ctx.plan, ctx.activation, ctx.dtypes, ctx.lap), None, None, None
+
+
+def _gates(x_TD: Tensor, gate_TK: Tensor, plan: Plan) -> Tensor:
+    """[R, 1]: each row's gate in x's dtype; 0 for padding."""
+    gate_R1 = x_TD.new_zeros(plan.n_rows, 1)
+    gate_R1[plan.kept_N, 0] = gate_TK.flatten()[plan.slot_N].to(x_TD.dtype)
+    return gate_R1
 
 
 def _rows(x_TD: Tensor, plan: Plan) -> Tensor:

@@ -19,8 +19,9 @@ from torch import Tensor
 from kernels.activation import GATED
 from kernels.blocks import LayerBlocks, layer_blocks
 from kernels.combine_triton import combine
+from kernels.dispatch import make_tiles
 from kernels.experts_backward_triton import hidden_gradient, row_sum, weight_gradient
-from kernels.grouped_gemm_triton import Tiles, grouped_gemm, make_tiles
+from kernels.grouped_gemm_triton import Tiles, grouped_gemm
 
 
 def expert_ffn(

@@ -90,8 +90,8 @@ class RoutedAttention(GroupedAttention):
             logits_TE = F.linear(x_TD.to(wide), self.router.to(wide))
             kept_TK, expert_TK = logits_TE.topk(self.top_k, dim=-1)
             prob_TE = logits_TE.softmax(-1)
-            count_E = torch.bincount(expert_TK.flatten(), minlength=len(self.router))
-            loss = self.coefficient * balance.switch_aux(prob_TE, count_E) if self.coefficient else prob_TE.new_zeros(())
+            count_E = balance.counts(expert_TK, len(self.router))
+            loss = self.coefficient * balance.switch_aux(prob_TE.mean(0), count_E) if self.coefficient else prob_TE.new_zeros(())
             with torch.no_grad():
                 entropy = torch.special.entr(prob_TE).sum(-1).mean()
         return expert_TK, kept_TK.softmax(-1), AttentionRouting(loss, count_E, entropy)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kernels import router_naive
 from moe.routing import Decision, Noise
 from spec.balance import BalanceLoss, BalanceTerm
 from spec.moe import Moe
@@ -37,13 +38,15 @@ def loss(term: BalanceTerm, decision: Decision, count_E: Tensor, batch: int, moe
     prob_TE = decision.prob_TE
     match term.kind:
         case "switch_aux":
-            return switch_aux(prob_TE, count_E if term.choices == "all" else counts(decision.expert_TK[:, :1], len(count_E)))
+            return switch_aux(mean_prob(decision), count_E if term.choices == "all" else counts(decision.expert_TK[:, :1], len(count_E)))
         case "sequence_aux":
             return sequence_aux(prob_TE, decision.expert_TK, batch)
         case "device_aux":
-            return device_aux(prob_TE, count_E, term.n_devices)
+            return device_aux(mean_prob(decision), count_E, term.n_devices)
         case "communication_aux":
-            return communication_aux(prob_TE, decision.expert_TK, term.n_devices, devices_per_token(moe.router, moe.top_k, term.n_devices))
+            return communication_aux(
+                mean_prob(decision), decision.expert_TK, term.n_devices, devices_per_token(moe.router, moe.top_k, term.n_devices)
+            )
         case "importance_cv2":
             return importance_cv2(decision.expert_TK, decision.gate_TK, len(count_E))
         case "load_cv2":
@@ -56,43 +59,54 @@ def loss(term: BalanceTerm, decision: Decision, count_E: Tensor, batch: int, moe
 
 
 def counts(expert_TK: Tensor, n_experts: int) -> Tensor:
-    """int64[E]: assignments of each expert."""
-    return torch.bincount(expert_TK.flatten(), minlength=n_experts + 1)[:n_experts]
+    """int64[E]: assignments of each expert. Does not wait for the device."""
+    return router_naive.counts(expert_TK, n_experts)
 
 
-def switch_aux(prob_TE: Tensor, count_E: Tensor) -> Tensor:
+def mean_prob(decision: Decision) -> Tensor:
+    """P: each expert's probability, the mean over the tokens; [E], differentiable, at least float32."""
+    return _mean(decision.prob_TE) if decision.prob_E is None else decision.prob_E
+
+
+def switch_aux(prob_E: Tensor, count_E: Tensor) -> Tensor:
     """E * sum_i f_i P_i with f_i = n_i / sum n, the share of assignments, and P_i the mean probability (Fedus 2022, eq. 4-6).
 
     1 under perfect balance. The gradient flows through P alone.
     """
-    return prob_TE.shape[-1] * (_share(count_E, _exact(prob_TE)) @ _mean(prob_TE))
+    return len(prob_E) * (_share(count_E, prob_E.dtype) @ prob_E)
 
 
-def device_aux(prob_TE: Tensor, count_E: Tensor, n_devices: int) -> Tensor:
+def device_aux(prob_E: Tensor, count_E: Tensor, n_devices: int) -> Tensor:
     """sum_v f'_v P'_v: f'_v the mean of E n_i / sum n over a device's experts, P'_v the sum of their P_i (DeepSeek-V2, eq. 26-28).
 
     Devices hold equal, consecutive parts of the experts. 1 under perfect balance.
     """
-    share_V = (len(count_E) * _share(count_E, _exact(prob_TE))).view(n_devices, -1).mean(1)
-    return share_V @ _mean(prob_TE).view(n_devices, -1).sum(1)
+    share_V = (len(count_E) * _share(count_E, prob_E.dtype)).view(n_devices, -1).mean(1)
+    return share_V @ prob_E.view(n_devices, -1).sum(1)
 
 
-def communication_aux(prob_TE: Tensor, expert_TK: Tensor, n_devices: int, most: int) -> Tensor:
+def communication_aux(prob_E: Tensor, expert_TK: Tensor, n_devices: int, most: int) -> Tensor:
     """sum_v f''_v P''_v: f''_v = V / (M T) times the tokens that were sent to the device (DeepSeek-V2, eq. 29-31).
 
     A token counts once on a device, however many of its experts are there; `most` is M, the devices that a token may go to.
     """
-    n_tokens, n_experts = prob_TE.shape
-    sent_TV = torch.zeros(n_tokens, n_devices + 1, dtype=torch.bool, device=prob_TE.device)
+    n_tokens, n_experts = len(expert_TK), len(prob_E)
+    sent_TV = torch.zeros(n_tokens, n_devices + 1, dtype=torch.bool, device=prob_E.device)
     sent_TV.scatter_(1, expert_TK // (n_experts // n_devices), True)  # E lands in the last column
-    sent_V = sent_TV.sum(0)[:n_devices].to(_exact(prob_TE))
-    return n_devices / (most * n_tokens) * (sent_V @ _mean(prob_TE).view(n_devices, -1).sum(1))
+    sent_V = sent_TV.sum(0)[:n_devices].to(prob_E.dtype)
+    return n_devices / (most * n_tokens) * (sent_V @ prob_E.view(n_devices, -1).sum(1))
 
 
 def devices_per_token(router: Router, top_k: int, n_devices: int) -> int:
-    """M of communication_aux: the groups that a token may choose from where groups are the devices, else what k experts can reach."""
-    limited = router.top_groups < router.n_groups == n_devices
-    return min(top_k, router.top_groups if limited else n_devices)
+    """M of communication_aux: the devices that k experts can reach, within the groups that a token may choose from where these lie on whole
+    devices, or devices hold whole groups.
+    """
+    groups, kept = router.n_groups, router.top_groups
+    if kept < groups and n_devices % groups == 0:
+        return min(top_k, kept * (n_devices // groups))
+    if kept < groups and groups % n_devices == 0:
+        return min(top_k, kept, n_devices)
+    return min(top_k, n_devices)
 
 
 def sequence_aux(prob_TE: Tensor, expert_TK: Tensor, batch: int) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe.laps import Laps, together
 from moe.routing import LayerOutput, RoutingStats
 from spec.balance import BalanceLoss
 
@@ -30,7 +31,7 @@ class GlobalBalance:
         """Forgets the micro-batches before."""
         self._count_LE = None
 
-    def value(self, routed: Sequence[LayerOutput], *, training: bool) -> Tensor:
+    def value(self, routed: Sequence[LayerOutput], *, training: bool, laps: Laps | None = None) -> Tensor:
         """float[L], unweighted, differentiable in the probabilities.
 
         Collective in training where there are ranks: one reduction of [L, E]. Evaluation neither waits for other ranks nor is remembered.
@@ -40,7 +41,8 @@ class GlobalBalance:
         prob_LE = prob_LE.to(torch.promote_types(prob_LE.dtype, torch.float32))
         if training:
             if dist.is_available() and dist.is_initialized():
-                dist.all_reduce(count_LE)
+                with together(laps, None):
+                    dist.all_reduce(count_LE)
             count_LE = self._count_LE = count_LE if self._count_LE is None else self._count_LE + count_LE
         share_LE = count_LE.to(prob_LE.dtype) / count_LE.sum(1, keepdim=True).clamp_min(1)
         return prob_LE.shape[1] * (share_LE * prob_LE).sum(1)

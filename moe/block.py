@@ -42,15 +42,17 @@ class Block(nn.Module):
         """[B, S, D] to [B, S, D]."""
         attention = None
         if isinstance(self.attention, RoutedAttention):
-            y_BSD, attention = self.attention(self.attention_norm(x_BSD), context)
+            y_BSD, attention = self.attention(context.enter("attention", self.attention_norm(x_BSD)), context)
         else:
-            y_BSD = self.attention(self.attention_norm(x_BSD), context)
+            y_BSD = self.attention(context.enter("attention", self.attention_norm(x_BSD)), context)
+        y_BSD = context.enter("other", y_BSD)
         x_BSD = x_BSD + self.dropout(y_BSD if self.attention_post_norm is None else self.attention_post_norm(y_BSD))
         ffn: LayerOutput | None = None
         if isinstance(self.ffn, MoeLayer):
             ffn = self.ffn(self.ffn_norm(x_BSD), context)
             y_BSD = ffn.y_BSD
         else:
-            y_BSD = self.ffn(self.ffn_norm(x_BSD))
+            y_BSD = self.ffn(context.enter("dense", self.ffn_norm(x_BSD)))
+        y_BSD = context.enter("other", y_BSD)
         x_BSD = x_BSD + self.dropout(y_BSD if self.ffn_post_norm is None else self.ffn_post_norm(y_BSD))
         return BlockOutput(x_BSD, ffn, attention)

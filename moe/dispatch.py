@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moe.balance import counts
 from moe.router import Router
 from moe.routing import Decision
 from spec.routing import Capacity
@@ -44,7 +45,7 @@ def place(decision: Decision, router: Router, most: int, capacity: Capacity) -> 
     if capacity.overflow == "next_best":
         kept_TK, gate_TK, rerouted = _reroute(decision, router, kept_TK, rank_TK, most)
     lost_TK = torch.where(kept_TK == n_experts, wanted_TK, n_experts)
-    return Placed(kept_TK, gate_TK, torch.bincount(lost_TK.flatten(), minlength=n_experts + 1)[:n_experts], rerouted)
+    return Placed(kept_TK, gate_TK, counts(lost_TK, n_experts), rerouted)
 
 
 def priority(gate_TK: Tensor, drop: str, *, training: bool) -> Tensor | None:
@@ -107,7 +108,7 @@ def offer(choice_TE: Tensor, wanted_TK: Tensor, kept_TK: Tensor, priority_TK: Te
     final_TK = kept_TK.clone()
     token_T = torch.arange(len(final_TK), device=final_TK.device)
     while True:
-        room_E = most - torch.bincount(final_TK.flatten(), minlength=n_experts + 1)[:n_experts]
+        room_E = most - counts(final_TK, n_experts)
         closed_TE = _used(final_TK, n_experts) | (room_E <= 0)
         best_T, expert_T = choice_TE.masked_fill(closed_TE, -torch.inf).max(-1)
         lost_TK = (wanted_TK < n_experts) & (final_TK == n_experts)

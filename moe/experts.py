@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from kernels import dispatch
 from kernels.activation import GATED
 from moe import parallel
+from moe.laps import Laps
 from moe.norm import product_dtype
-from moe.parallel import Mesh
+from moe.parallel import Mesh, Routed, Slots
 
 
 class Experts(nn.Module):
@@ -25,6 +28,7 @@ class Experts(nn.Module):
     def __init__(self, n_experts: int, d_model: int, d_expert: int, activation: str, *, biased: bool = False, mesh: Mesh | None = None) -> None:
         super().__init__()
         self.n_experts, self.activation, self.mesh = n_experts, activation, mesh
+        self.slots: Slots | None = None  # where experts are placed by load, which is for evaluation (moe.placed)
         held = n_experts if mesh is None else n_experts // mesh.expert
         rows = 2 * d_expert if activation in GATED else d_expert
         self.w_in = nn.Parameter(torch.empty(held, rows, d_model))
@@ -33,17 +37,35 @@ class Experts(nn.Module):
         self.b_out = nn.Parameter(torch.empty(held, d_model)) if biased else None
 
     def forward(
-        self, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, capacity: int | None = None, most_rows: int | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+        self,
+        x_TD: Tensor,
+        expert_TK: Tensor,
+        gate_TK: Tensor,
+        capacity: int | None = None,
+        beside: Callable[[], Tensor] | None = None,
+        laps: Laps | None = None,
+        most_rows: int | None = None,
+    ) -> Routed:
         """sum_k gate_tk * FFN_expert_tk(x_t); expert E stands for a dropped assignment. Under autocast in its dtype.
 
-        With a `capacity`, which no expert may exceed, every expert runs over exactly so many rows. `most_rows` as in `dispatch.expert_ffn`.
-        Beside it, where the experts are spread over P ranks, the rows sent to each, int64[P].
+        With a `capacity`, which no expert may exceed, every expert runs over exactly so many rows. `beside` is run too, while rows travel
+        where the experts are spread over ranks. `most_rows` as in `dispatch.expert_ffn`.
         """
         x_TD = x_TD.to(product_dtype(x_TD))
         if self.mesh is None:
-            return self._here(x_TD, expert_TK, gate_TK, capacity, most_rows), None
-        return parallel.expert_ffn(x_TD, expert_TK, gate_TK, self.n_experts, self.mesh, self._here)
+            y_TD = self._here(x_TD, expert_TK, gate_TK, capacity, laps, most_rows)
+            return Routed(y_TD, None, None if beside is None else beside())
+
+        n_slots = self.n_experts
+        if self.slots is not None:
+            if self.training:
+                raise ValueError("experts that are placed by load are for evaluation mode")
+            expert_TK, n_slots = self.slots.spread(expert_TK), self.slots.total
+
+        def here(x_MD: Tensor, expert_M1: Tensor, gate_M1: Tensor) -> Tensor:
+            return self._here(x_MD, expert_M1, gate_M1, None, laps)
+
+        return parallel.expert_ffn(x_TD, expert_TK, gate_TK, n_slots, self.mesh, here, beside, laps)
 
     @torch.no_grad()
     def draw(self, weight: Tensor, std: float) -> None:
@@ -54,9 +76,14 @@ class Experts(nn.Module):
             whole = torch.empty(self.n_experts, *weight.shape[1:], dtype=weight.dtype, device=weight.device)
             weight.copy_(whole.normal_(0.0, std)[self.mesh.held(self.n_experts)])
 
-    def _here(self, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, capacity: int | None = None, most_rows: int | None = None) -> Tensor:
+    def _here(
+        self, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, capacity: int | None, laps: Laps | None, most_rows: int | None = None
+    ) -> Tensor:
         """With the experts that this rank holds, numbered from 0."""
-        y_TD = dispatch.expert_ffn(x_TD, self.w_in, self.w_out, expert_TK, gate_TK, self.activation, self.b_in, capacity, most_rows)
+        lap = None if laps is None else laps.mark
+        y_TD = dispatch.expert_ffn(x_TD, self.w_in, self.w_out, expert_TK, gate_TK, self.activation, self.b_in, capacity, lap, most_rows)
+        if laps is not None:
+            y_TD = laps.enter("combine", y_TD)
         if self.b_out is None:
             return y_TD
         # A product with the gates, laid out by expert, adds the second bias whatever runs the rest, in a fixed order.

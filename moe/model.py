@@ -10,6 +10,7 @@ matrix products then are bfloat16, while weights, residual stream, routers (unle
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,6 +25,7 @@ from moe.block import Block, BlockOutput
 from moe.cache import KvCache
 from moe.context import Context
 from moe.experts import Experts
+from moe.laps import Laps
 from moe.layer import MoeLayer
 from moe.mtp import MtpModule, targets_ahead
 from moe.norm import build_norm
@@ -58,6 +60,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.spec = spec
         self.recompute = recompute
+        self._compiled: dict[nn.Module, Callable[..., BlockOutput]] = {}
         sparse = spec.moe_layers()
         ahead = range(spec.n_layers, spec.n_layers + spec.mtp_depth) if spec.n_layers - 1 in sparse else ()
         self.moe_layers = (*sparse, *ahead)
@@ -73,23 +76,32 @@ class Transformer(nn.Module):
             self.mtp = nn.ModuleList(MtpModule(spec, mesh) for _ in range(spec.mtp_depth))
         initialise(self)
 
-    def forward(self, tokens_BS: Tensor, targets_BS: Tensor | None = None, document_BS: Tensor | None = None, cache: KvCache | None = None) -> Output:
+    def forward(
+        self,
+        tokens_BS: Tensor,
+        targets_BS: Tensor | None = None,
+        document_BS: Tensor | None = None,
+        cache: KvCache | None = None,
+        laps: Laps | None = None,
+    ) -> Output:
         """Predict each next token. `targets_BS` holds token ids, or -100 where nothing is to be predicted.
 
         With `document_BS`, a number for each token's document, attention does not cross from one document to another. With `cache`, in
         evaluation mode alone, the tokens follow those that it has seen, and it sees them too. Raises ValueError where it has no room.
+        `laps`, for a sampled step, time the parts.
         """
         embedded_BSD = x_BSD = self.embedding(tokens_BS)
-        context = self._context(tokens_BS, document_BS, cache)
+        context = self._context(tokens_BS, document_BS, cache, laps)
         layers: list[BlockOutput] = []
         for block in self.blocks:
             layers.append(self._run(block, x_BSD, context))
             x_BSD = layers[-1].x_BSD
         if cache is not None:
             cache.position += tokens_BS.shape[1]
-        logits_BSV = self._logits(self.norm, x_BSD)
-        lm_loss = None if targets_BS is None else F.cross_entropy(logits_BSV.flatten(0, 1).float(), targets_BS.flatten())
+        logits_BSV = self._logits(self.norm, context.enter("head", x_BSD))
+        lm_loss = None
         if targets_BS is not None:
+            lm_loss = context.enter("other", F.cross_entropy(logits_BSV.flatten(0, 1).float(), targets_BS.flatten()))
             layers = self._judged(layers, logits_BSV, targets_BS)
         mtp_loss = None
         if len(self.mtp) and targets_BS is not None and cache is None:  # an extra block has no place in a cache
@@ -100,7 +112,7 @@ class Transformer(nn.Module):
         losses = [layer.loss for layer in routed] + [layer.loss for layer in attending]
         stats = _stats(routed, attending)
         if self.global_balance is not None and stats is not None:
-            value_L = self.global_balance.value(routed, training=self.training)
+            value_L = self.global_balance.value(routed, training=self.training, laps=laps)
             losses.append(self.global_balance.coefficient * value_L.sum())
             stats = self.global_balance.shown(stats, value_L)
         return Output(
@@ -127,9 +139,10 @@ class Transformer(nn.Module):
             document_BS = None if context.document_BP is None else context.document_BP[:, :-depth]
             layer = self._run(module.block, merged_BSD, replace(context, tokens_BS=context.tokens_BS[:, depth:], document_BP=document_BS))
             x_BSD = layer.x_BSD
-            logits_BSV, target_BS = self._logits(module.norm, x_BSD), targets_ahead(targets_BS, context.document_BP, depth)
+            logits_BSV = self._logits(module.norm, context.enter("head", x_BSD))
+            target_BS = targets_ahead(targets_BS, context.document_BP, depth)
             total = F.cross_entropy(logits_BSV.flatten(0, 1).float(), target_BS.flatten(), reduction="sum")
-            losses.append(total / (target_BS != -100).sum().clamp_min(1))
+            losses.append(context.enter("other", total) / (target_BS != -100).sum().clamp_min(1))
             layers += self._judged([layer], logits_BSV, target_BS)
         return layers, self.spec.mtp_weight * torch.stack(losses).mean()
 
@@ -146,7 +159,7 @@ class Transformer(nn.Module):
         """An empty cache for `batch` sequences of at most `length` tokens (see moe.cache)."""
         return KvCache(self.spec, batch, length)
 
-    def _context(self, tokens_BS: Tensor, document_BS: Tensor | None, cache: KvCache | None) -> Context:
+    def _context(self, tokens_BS: Tensor, document_BS: Tensor | None, cache: KvCache | None, laps: Laps | None) -> Context:
         start, length, most = 0, tokens_BS.shape[1], None
         if cache is not None:
             if self.training:
@@ -156,12 +169,31 @@ class Transformer(nn.Module):
             start, most = cache.position, cache.length
         spec = self.spec
         rope = Rope(length, rotated_width(spec), spec.rope_theta, tokens_BS.device, start=start, scaling=spec.rope_scaling, most=most)
-        return Context(tokens_BS, rope, document_BS, cache)
+        return Context(tokens_BS, rope, document_BS, cache, laps)
 
     def _run(self, block: nn.Module, x_BSD: Tensor, context: Context) -> BlockOutput:
+        run = self._compiled.get(block, block) if self.training else block
         if self.recompute and self.training and torch.is_grad_enabled():
-            return checkpoint(block, x_BSD, context, use_reentrant=False)  # type: ignore[no-any-return]
-        return block(x_BSD, context)  # type: ignore[no-any-return]
+            return checkpoint(run, x_BSD, context, use_reentrant=False)  # type: ignore[no-any-return]
+        return run(x_BSD, context)
+
+    def compile_blocks(self, backend: str = "inductor", *, whole: bool = False) -> None:
+        """From now on training runs each block through torch.compile, where blocks of one kind share their code; evaluation does not.
+
+        What experts on other ranks are sent is known only while it runs: their exchange is left out. With `whole` it is an error where a
+        block cannot be one graph.
+        """
+        for module in self.modules():
+            if isinstance(module, Experts) and module.mesh is not None:
+                module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
+        blocks = [*self.blocks, *(module.block for module in self.mtp)]
+        options = {"fallback_random": True} if backend == "inductor" else None  # the draws that it makes uncompiled
+        self._compiled = {block: torch.compile(block, backend=backend, fullgraph=whole, options=options) for block in blocks}
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether training goes through torch.compile."""
+        return bool(self._compiled)
 
     def begin_step(self) -> None:
         """Called before the first micro-batch of an optimiser step: what balances over whole steps starts anew."""

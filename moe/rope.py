@@ -35,6 +35,7 @@ class Rope:
             inverse, factor = scaled(inverse, scaling, theta, most or start + length)
         angle = torch.outer(torch.arange(start, start + length, device=device, dtype=torch.float32), inverse)[:, None]
         self.turn = torch.polar(torch.full_like(angle, factor), angle)
+        self.cos, self.sin = torch.view_as_real(self.turn).unbind(-1)
 
     def rotate(self, x_BSHR: Tensor) -> Tensor:
         """`x`, whose dimensions (2i, 2i + 1) are the parts of a complex number, turned by its position's angles (Su 2021, eq. 34).
@@ -42,15 +43,15 @@ class Rope:
         A shorter `x` has the first of the positions.
         """
         pairs = x_BSHR.to(torch.promote_types(x_BSHR.dtype, torch.float32)).unflatten(-1, (-1, 2))
-        turn = self.turn[: x_BSHR.shape[1]]
+        length = x_BSHR.shape[1]
         # Of a single vector a gradient may begin at an odd place, where torch sees no complex number.
         single = x_BSHR.requires_grad and x_BSHR.numel() == x_BSHR.shape[-1]
-        if pairs.device.type == "cpu" and not single:
+        if pairs.device.type == "cpu" and not single and not torch.compiler.is_compiling():
             if pairs.storage_offset() % 2 or any(stride % 2 for stride in pairs.stride()[:-1]):
                 pairs = pairs.clone(memory_format=torch.contiguous_format)  # beside an odd number of other dimensions no pair is a complex number
-            turned = torch.view_as_real(torch.view_as_complex(pairs) * turn)  # one pass over memory
+            turned = torch.view_as_real(torch.view_as_complex(pairs) * self.turn[:length])  # one pass over memory
         else:
-            (first, second), cos, sin = pairs.unbind(-1), turn.real, turn.imag
+            (first, second), cos, sin = pairs.unbind(-1), self.cos[:length], self.sin[:length]
             turned = torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1)
         return turned.flatten(-2).to(x_BSHR.dtype)
 

@@ -9,18 +9,17 @@ experts' input (Llama 4); cosine scores (Chi 2022, eq. 3-4).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels import dispatch, router_naive
+from kernels.router_naive import Rule, top_k
 from moe.routing import Decision
 from spec import routing
 
 FIRST_TEMPERATURE = 0.3  # of cosine scores (Chi 2022, section 4.1)
 LOWEST_TEMPERATURE = 0.01
-_LOWEST_SUM = 1e-20  # Scores that a token's experts were not chosen by (bias, groups, chance) may all be 0 in float32.
 
 
 class Router(nn.Module):
@@ -112,40 +111,26 @@ class ScoringRouter(Router):
 class TopKRouter(ScoringRouter):
     """Takes the k highest scores: softmax_topk, topk_softmax, sigmoid_topk, sigmoid_input, switch and all_experts."""
 
+    def __init__(self, spec: routing.Router, d_model: int, n_experts: int, top_k: int, *, biased: bool) -> None:
+        super().__init__(spec, d_model, n_experts, top_k, biased=biased)
+        self.rule = rule(spec, top_k, biased=biased)
+
     def decide(self, x_TD: Tensor, tokens_T: Tensor | None) -> Decision:
         """Decide by softmax or sigmoid scores."""
-        logits_TE = self.logits(self.prepared(x_TD))
-        if self.spec.kind not in ("sigmoid_topk", "sigmoid_input"):
-            score_TE = logits_TE.softmax(-1)
-            return self.take_best(logits_TE, score_TE, score_TE)
-        score_TE = logits_TE.sigmoid()
-        return self.take_best(logits_TE, score_TE, normalised(score_TE))
+        return self.take_best(self.logits(self.prepared(x_TD)))
 
-    def take_best(self, logits_TE: Tensor, score_TE: Tensor, prob_TE: Tensor, figures: Mapping[str, Tensor] = {}) -> Decision:
+    def take_best(self, logits_TE: Tensor) -> Decision:
         """The k highest of score + bias, only from the best groups where groups are limited, with their gates."""
-        # Llama 4 compares logits: their sigmoids are all 1 from about 17 on.
-        by_logit = self.spec.kind == "sigmoid_input" and self.bias_E is None
-        choice_TE = (logits_TE if by_logit else score_TE).detach()
-        if self.bias_E is not None:
-            choice_TE = choice_TE + self.bias_E
-        if self.spec.top_groups < self.spec.n_groups:
-            choice_TE = limit_groups(choice_TE, self.spec.n_groups, self.spec.top_groups, self.spec.group_score)
-        expert_TK = top_k(choice_TE, self.top_k)
+        routed = dispatch.route(logits_TE, self.bias_E, self.rule)
+        decision = Decision(logits_TE, **routed._asdict())
         if self.training and self.spec.random_share:
-            expert_TK = self._strayed(expert_TK)
-        gate_TK = self.gates(logits_TE, score_TE, expert_TK)
-        return Decision(logits_TE, prob_TE, expert_TK, gate_TK, figures=figures, score_TE=score_TE, choice_TE=choice_TE)
+            expert_TK = self._strayed(routed.expert_TK)
+            return decision._replace(expert_TK=expert_TK, gate_TK=self.gates(logits_TE, routed.score_TE, expert_TK), count_E=None)
+        return decision
 
     def gates(self, logits_TE: Tensor, score_TE: Tensor, expert_TK: Tensor) -> Tensor:
         """Softmax of the kept logits (topk_softmax), else the kept scores, divided by their sum where kind or spec say so; scaled."""
-        kind = self.spec.kind
-        if kind == "topk_softmax":
-            gate_TK = logits_TE.gather(-1, expert_TK).softmax(-1)
-        else:
-            gate_TK = score_TE.gather(-1, expert_TK)
-            if kind in ("sigmoid_topk", "gshard", "noisy_topk") or self.spec.renormalise:
-                gate_TK = normalised(gate_TK)
-        return self.scaled(gate_TK)
+        return router_naive.gates(logits_TE, score_TE, expert_TK, self.rule)
 
     def _strayed(self, expert_TK: Tensor) -> Tensor:
         """`expert_TK` with k uniformly drawn experts in place of a token's own, with the probability `random_share`."""
@@ -153,27 +138,21 @@ class TopKRouter(ScoringRouter):
         return torch.where(stray_T1, top_k(torch.rand(len(expert_TK), self.n_experts, device=expert_TK.device), self.top_k), expert_TK)
 
 
-def limit_groups(choice_TE: Tensor, n_groups: int, top_groups: int, group_score: str) -> Tensor:
-    """-inf outside the `top_groups` best of `n_groups` equal, consecutive groups of experts.
-
-    A group scores its best expert ("max", DeepSeek-V2) or the sum of its best two ("top2_sum", DeepSeek-V3).
-    """
-    choice_TGE = choice_TE.unflatten(-1, (n_groups, -1))
-    score_TG = choice_TGE.amax(-1) if group_score == "max" else choice_TGE.topk(2, dim=-1).values.sum(-1)
-    kept_TG = torch.zeros_like(score_TG, dtype=torch.bool).scatter_(-1, top_k(score_TG, top_groups), True)
-    limited_TE: Tensor = choice_TGE.masked_fill(~kept_TG.unsqueeze(-1), float("-inf")).flatten(-2)
-    return limited_TE
-
-
-def normalised(score: Tensor) -> Tensor:
-    """Scores divided by the sum of their row; zeros stay zeros."""
-    return score / score.sum(-1, keepdim=True).clamp_min(_LOWEST_SUM)
-
-
-def top_k(score_TE: Tensor, k: int) -> Tensor:
-    """Indices of the k highest of each row, highest first; int64[T, k]."""
-    best: Tensor = score_TE.topk(k, dim=-1).indices
-    return best
+def rule(spec: routing.Router, top_k: int, *, biased: bool) -> Rule:
+    """What a router that takes the k highest scores does with its logits."""
+    sigmoid = spec.kind in ("sigmoid_topk", "sigmoid_input")
+    whole = spec.kind in ("sigmoid_topk", "gshard", "noisy_topk") or spec.renormalise
+    return Rule(
+        top_k=top_k,
+        score="sigmoid" if sigmoid else "softmax",
+        gate="softmax" if spec.kind == "topk_softmax" else "normalised" if whole else "score",
+        # Llama 4 compares logits: their sigmoids are all 1 from about 17 on.
+        by_logit=spec.kind == "sigmoid_input" and not biased,
+        scale=spec.scale,
+        n_groups=spec.n_groups,
+        top_groups=spec.top_groups,
+        group_score=spec.group_score,
+    )
 
 
 def drawn(logits_TE: Tensor) -> Tensor:

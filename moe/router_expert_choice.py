@@ -10,7 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from moe.router import ScoringRouter, top_k
+from kernels.router_naive import top_k
+from moe.router import ScoringRouter
 from moe.routing import Decision
 
 
@@ -34,8 +35,9 @@ class ExpertChoiceRouter(ScoringRouter):
         return math.ceil(self.top_k * n_tokens / self.n_experts)
 
     def width(self, taken_TE: Tensor) -> int:
-        """K. Off the CPU it is E: to look for it would wait for the device, and empty slots cost only places in a sort there.
+        """K. Off the CPU, and compiled, it is E: to look for it would wait for the device, and empty slots cost only places in a sort there.
 
         The experts' buffers have room for E * C rows, not for T * E: see `most_per_expert`.
         """
-        return int(taken_TE.sum(-1).max()) if taken_TE.device.type == "cpu" else self.n_experts
+        looks = taken_TE.device.type == "cpu" and not torch.compiler.is_compiling()
+        return int(taken_TE.sum(-1).max()) if looks else self.n_experts

@@ -29,6 +29,11 @@ SCORING: dict[RouterKind, type[ScoringRouter]] = {
 }
 
 
+def takes_highest(kind: RouterKind) -> bool:
+    """Whether the k highest scores are what routers of this kind take."""
+    return issubclass(SCORING.get(kind, Router), TopKRouter)
+
+
 def build_router(spec: routing.Router, d_model: int, n_experts: int, top_k: int, *, biased: bool, vocab_size: int) -> Router:
     """A router of the spec's kind with weights that are still to be initialised; `biased` with a loss-free selection bias."""
     if spec.kind == "hash":

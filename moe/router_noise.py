@@ -33,6 +33,7 @@ class GShardRouter(TopKRouter):
         return both._replace(
             expert_TK=expert_TK.masked_fill(lost_TK, self.n_experts),
             gate_TK=gate_TK.masked_fill(lost_TK, 0.0),
+            count_E=None,
             figures={"second_kept": 1 - lost_T.float().mean()},
         )
 
@@ -53,8 +54,8 @@ class NoisyTopKRouter(TopKRouter):
         clean_TE = self.logits(x_TD)
         std_TE = F.softplus(F.linear(x_TD, self.noise_weight.to(x_TD.dtype)))
         figures = {"noise_std": std_TE.detach().float().mean()}
-        prob_TE = clean_TE.softmax(-1)
         if not self.training:
-            return self.take_best(clean_TE, prob_TE, prob_TE, figures)
+            return self.take_best(clean_TE)._replace(figures=figures)
         noisy_TE = clean_TE + torch.randn_like(clean_TE) * std_TE
-        return self.take_best(clean_TE, noisy_TE.softmax(-1), prob_TE, figures)._replace(noise=Noise(clean_TE, std_TE, noisy_TE))
+        noise = Noise(clean_TE, std_TE, noisy_TE)
+        return self.take_best(noisy_TE)._replace(logits_TE=clean_TE, prob_TE=clean_TE.softmax(-1), prob_E=None, figures=figures, noise=noise)

@@ -34,6 +34,8 @@ class Decision(NamedTuple):
     choice_TE: Tensor | None = None  # detached: what the choice was made by (score and bias); -inf for experts outside the token's groups
     noise: Noise | None = None  # in training, where the router has any
     loss: Tensor | None = None  # what the router itself adds to the loss, weighted
+    count_E: Tensor | None = None  # int64: assignments of each expert, where the choice was counted as it was made
+    prob_E: Tensor | None = None  # mean of prob_TE over the tokens, likewise; differentiable
 
 
 class LayerStats(NamedTuple):
@@ -83,14 +85,14 @@ class RoutingStats:
     max_logit: Tensor  # largest magnitude of a router logit, scalar
     figures: Mapping[str, Tensor] = field(default_factory=dict)  # float32 scalars, means over layers, by the name that telemetry shows
     attention_tokens_LE: Tensor | None = None  # of the attention experts of every layer, where there are any
-    sent_P: Tensor | None = None  # int64: rows that this rank sent to each rank that shares the experts with it, over all layers
+    sent_LP: Tensor | None = None  # int64: rows that this rank sent to each rank that shares the experts with it
 
     @classmethod
     def stacked(cls, layers: Sequence[LayerStats]) -> RoutingStats:
         """The model's statistics from its layers'."""
         *columns, figures, sent = zip(*layers, strict=True)
         tokens, dropped, prob, balance, entropy, logit = (torch.stack(column) for column in columns)
-        return cls(tokens, dropped, prob, balance, entropy, logit.max(), mean_figures(figures), sent_P=_summed(sent))
+        return cls(tokens, dropped, prob, balance, entropy, logit.max(), mean_figures(figures), sent_LP=_stacked(sent))
 
     @classmethod
     def merged(cls, parts: Sequence[RoutingStats]) -> RoutingStats:
@@ -105,15 +107,21 @@ class RoutingStats:
             router_entropy_L=torch.stack([part.router_entropy_L for part in parts]).mean(0),
             max_logit=torch.stack([part.max_logit for part in parts]).max(),
             attention_tokens_LE=_summed([part.attention_tokens_LE for part in parts]),
-            sent_P=_summed([part.sent_P for part in parts]),
+            sent_LP=_summed([part.sent_LP for part in parts]),
             figures=mean_figures([part.figures for part in parts]),
         )
 
 
+def _stacked(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """What there is, one behind the other."""
+    counts = [part for part in parts if part is not None]
+    return torch.stack(counts) if counts else None
+
+
 def _summed(parts: Sequence[Tensor | None]) -> Tensor | None:
     """The sum of what there is."""
-    counts = [part for part in parts if part is not None]
-    return torch.stack(counts).sum(0) if counts else None
+    counts = _stacked(parts)
+    return None if counts is None else counts.sum(0)
 
 
 def mean_figures(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

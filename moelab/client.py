@@ -168,6 +168,21 @@ class Client(GenerationCalls, WorkerCalls):
         """Which classes of token and which domains each expert of a layer (row of the tensors) took at a validation, the newest by default."""
         return self._get(f"/runs/{run_id}/specialisation", params=given(step=step, layer=layer))
 
+    def placement(
+        self,
+        run_id: int,
+        *,
+        devices: int | None = None,
+        replicas: int | None = None,
+        nodes: int | None = None,
+        groups: int | None = None,
+        from_step: int | None = None,
+        to_step: int | None = None,
+    ) -> Json:
+        """Which device would hold which experts if they were placed by the load of these steps (the last 100), and how even that would be."""
+        query = given(devices=devices, replicas=replicas, nodes=nodes, groups=groups) | given(**{"from": from_step, "to": to_step})
+        return self._get(f"/runs/{run_id}/placement", params=query)
+
     def export(self, run_id: int, what: str, to: Path | str | None = None) -> Path:
         """Writes `metrics.parquet|csv|jsonl` or `routing.parquet|npz` to `to` (default `run-<id>-<what>` here) and returns the path."""
         path = Path(to) if to is not None else Path(f"run-{run_id}-{what}")

@@ -39,6 +39,11 @@ class TensorKind:
     help: str
 
 
+PARTS = ("data", "attention", "router", "dispatch", "experts", "combine", "dense", "head", "communication", "waiting", "optimizer", "other")
+"""What `part_ms` tells a step into; another list would be another tensor. dense: shared experts and dense layers; waiting: for other ranks."""
+PASSES = ("forward", "backward")
+
+
 TENSORS: Mapping[str, TensorKind] = {
     kind.name: kind
     for kind in (
@@ -53,7 +58,14 @@ TENSORS: Mapping[str, TensorKind] = {
         TensorKind(2, "router_prob", "float32", ("layer", "expert"), "mean", "Mean router probability of each expert."),
         TensorKind(3, "dropped", "uint32", ("layer", "expert"), "sum", "Assignments that capacity dropped; a part of expert_tokens."),
         TensorKind(4, "expert_bias", "float32", ("layer", "expert"), "mean", "Selection bias of the loss-free balancing."),
-        TensorKind(5, "rank_tokens", "uint32", ("source", "destination"), "sum", "Assignments that went from one rank to another, over all layers."),
+        TensorKind(
+            5,
+            "rank_tokens",
+            "uint32",
+            ("source", "destination"),
+            "sum",
+            "Assignments that went from one rank to another, over all layers; where rank_traffic would be too large.",
+        ),
         TensorKind(6, "phase_ms", "float32", ("rank", "phase"), "mean", "Milliseconds of each phase of the step; phases as in RunStarted.phases."),
         TensorKind(
             7,
@@ -71,6 +83,25 @@ TENSORS: Mapping[str, TensorKind] = {
             ("layer", "attention_expert"),
             "sum",
             "Tokens routed to each attention expert; rows are all layers in order, and a row sums to tokens x attention.experts.top_k.",
+        ),
+        TensorKind(
+            10,
+            "part_ms",
+            "float32",
+            ("rank", "part", "pass"),
+            "mean",
+            "Milliseconds of each part of the step (PARTS), forward and backward, at sampled steps; what belongs to no pass counts as forward.",
+        ),
+        TensorKind(
+            11,
+            "rank_traffic",
+            "uint32",
+            ("layer", "source", "destination"),
+            "sum",
+            "Assignments that went from one rank to another in each layer, by the ranks that hold the experts.",
+        ),
+        TensorKind(
+            12, "sent_bytes", "float32", ("rank",), "mean", "Bytes of rows that each rank sent to others in all passes of the step, at sampled steps."
         ),
     )
 }

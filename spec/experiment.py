@@ -42,6 +42,7 @@ class ExperimentSpec(Part):
             raise ValueError(f"parallel.expert {self.parallel.expert} needs a model with MoE layers")
         if self.model.moe is not None and self.model.moe.n_experts % self.parallel.expert:
             raise ValueError(f"parallel.expert {self.parallel.expert} does not divide model.moe.n_experts {self.model.moe.n_experts}")
+        self._devices_are_ranks()
         if self.data.seq_len <= self.model.mtp_depth:
             raise ValueError(f"data.seq_len {self.data.seq_len} must be > model.mtp_depth {self.model.mtp_depth}")
         micro = self.training.batch_size // self.training.grad_accumulation
@@ -50,6 +51,24 @@ class ExperimentSpec(Part):
         self._start_fits()
         self._something_is_trained()
         return self
+
+    def _devices_are_ranks(self) -> None:
+        """Where ranks share the experts, they are the devices that routing is limited to and that terms speak of."""
+        moe, ranks = self.model.moe, self.parallel.expert
+        if moe is None or ranks == 1:
+            return
+        groups = moe.router.n_groups
+        if moe.router.top_groups < groups and groups % ranks and ranks % groups:
+            raise ValueError(
+                f"model.moe.router.n_groups {groups} and parallel.expert {ranks} do not divide each other: "
+                "the experts of a group would lie on parts of ranks"
+            )
+        for term in moe.balance:
+            if (term.kind == "device_aux" or term.kind == "communication_aux") and term.n_devices != ranks:
+                raise ValueError(
+                    f"model.moe.balance {term.kind} n_devices {term.n_devices} is not parallel.expert {ranks}: "
+                    "its devices are the ranks that share the experts"
+                )
 
     def _start_fits(self) -> None:
         start, moe = self.start, self.model.moe

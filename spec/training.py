@@ -30,7 +30,11 @@ class Training(Part):
     steps: int = field(300, "Optimiser steps.", ge=1, le=100_000_000, unit="steps")
     batch_size: int = field(8, "Sequences in one optimiser step, over all devices.", ge=1, le=1_048_576, unit="sequences")
     grad_accumulation: int = field(1, "Micro-batches that make up one step.", ge=1, le=65536, unit="micro-batches")
-    precision: Literal["float32", "bfloat16"] = field("float32", "Arithmetic of the matrix products; weights and router stay float32.")
+    precision: Literal["float32", "tf32", "bfloat16"] = field(
+        "float32",
+        "Arithmetic of the matrix products. float32: IEEE; tf32: float32 with 10 bits of mantissa in products on a CUDA device (routers' too), and "
+        "the same as float32 elsewhere; bfloat16: with weights, moments and routers in float32.",
+    )
     eval_every: int = field(100, "Steps between validations; 0 validates only at the end.", ge=0, le=100_000_000, unit="steps")
     eval_batches: int = field(8, "Batches of one validation, per domain.", ge=1, le=100_000, unit="batches")
     checkpoint_every: int = field(100, "Steps between checkpoints; 0 saves only at the end and on request.", ge=0, le=100_000_000, unit="steps")
@@ -41,6 +45,15 @@ class Training(Part):
         "only_moe: routers, experts and shared experts.",
     )
     activation_recompute: bool = field(False, "Recompute each layer's activations in the backward pass to save memory.")
+    compile: bool = field(
+        False,
+        "Run the layers through torch.compile: faster steps after a slower start. Needs Triton on CUDA, a C++ compiler on a CPU.",
+    )
+
+    @property
+    def product_bytes(self) -> int:
+        """Bytes of one number in the matrix products."""
+        return 2 if self.precision == "bfloat16" else 4
 
     @model_validator(mode="after")
     def _micro_batches_divide(self) -> Self:
@@ -54,7 +67,12 @@ class Parallel(Part):
 
     expert: int = field(1, "Ranks that share one copy of the experts.", ge=1, le=4096, unit="ranks")
     data: int = field(1, "Replicas, each with its own part of the batch.", ge=1, le=4096, unit="ranks")
+    shard: bool = field(
+        False,
+        "Shard the weights that are not experts', their gradients and moments over all ranks (FSDP2); a layer's are whole only while it runs.",
+    )
     device: Literal["auto", "cpu", "cuda"] = field("auto", "Where it runs; auto takes a CUDA device where the worker has one.")
+    overlap: bool = field(True, "Run shared experts while tokens travel between the ranks that hold the routed ones; the numbers are the same.")
     threads: int = field(0, "CPU threads per rank; 0 leaves it to the worker.", ge=0, le=1024, unit="threads")
 
     @property
@@ -72,5 +90,22 @@ class Telemetry(Part):
     probe_batch: bool = field(
         True, "Measure at each validation how far a sequence's logits depend on what shares its batch: 0 without dropping and expert choice."
     )
+    phases_every: int = field(
+        10,
+        "Steps between samples of where a step's time goes: router, dispatch, experts, communication, waiting and so on, forward and backward; "
+        "rounded up to reported steps, 0 for never.",
+        ge=0,
+        le=1_000_000,
+        unit="steps",
+    )
     spike_window: int = field(64, "Losses before a step that its loss is judged against.", ge=8, le=10_000, unit="steps")
     spike_threshold: float = field(6.0, "A spike lies this many robust deviations (1.4826 MAD) above the window's median.", gt=0, le=1000)
+
+    @property
+    def sample_steps(self) -> int:
+        """Steps between samples: `phases_every`, rounded up to a multiple of `every`; 0 for never."""
+        return -(-self.phases_every // self.every) * self.every
+
+    def sampled(self, step: int) -> bool:
+        """Whether the parts of this step are timed."""
+        return bool(self.sample_steps) and step % self.sample_steps == 0

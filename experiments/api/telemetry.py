@@ -18,7 +18,7 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 
 from experiments import access
-from experiments.api import specialisation
+from experiments.api import placement, specialisation
 from experiments.api.endpoint import Endpoint, Query, items, parameters
 from experiments.api.problems import Problem
 from experiments.live.publish import stream_of
@@ -299,6 +299,7 @@ def _whole_characters(data: bytes) -> bytes:
 
 urlpatterns = [
     *specialisation.urlpatterns,
+    *placement.urlpatterns,
     path("runs/<int:run_id>/steps", StepsView.as_view()),
     path("runs/<int:run_id>/routing", RoutingView.as_view()),
     path("runs/<int:run_id>/metrics", MetricsView.as_view()),

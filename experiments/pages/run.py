@@ -11,11 +11,12 @@ from django.shortcuts import render
 from experiments.access import Principal, roles_include, visible_runs
 from experiments.api.resources import run_json
 from experiments.models import Role, Run
-from experiments.pages import specialisation
+from experiments.pages import placement, specialisation
 from experiments.pages.gate import page
 from experiments.pages.notices import router_notice
-from experiments.pages.traffic import expected_traffic
+from experiments.pages.traffic import expected_traffic, sample_steps
 from spec.diff import diff
+from spec.events import PARTS
 from spec.experiment import ExperimentSpec
 from spec.yaml_text import dump
 
@@ -27,7 +28,7 @@ def detail(request: HttpRequest, principal: Principal, run_id: int) -> HttpRespo
     shown = run_json(run)
     context = {
         "run": shown,
-        "page_data": {"run": shown, "log_size": run.log_size},
+        "page_data": {"run": shown, "log_size": run.log_size, "parts": {"names": PARTS, "every": sample_steps(run.spec)}},
         "router_notice": router_notice(run.spec),
         "traffic": expected_traffic(run.spec),
         "expert_ranks": run.spec.get("parallel", {}).get("expert", 1),
@@ -48,6 +49,8 @@ def panel(request: HttpRequest, principal: Principal, run_id: int, panel: str) -
         return render(request, "pages/_checkpoints.html", {"checkpoints": run.checkpoints.order_by("-step", "-attempt")})
     if panel == "specialisation":
         return render(request, "pages/_specialisation.html", specialisation.context(request, run))
+    if panel == "placement":
+        return render(request, "pages/_placement.html", placement.context(request, run))
     if panel == "spec":
         return render(request, "pages/_spec.html", _spec_context(principal, run))
     raise Http404

@@ -20,9 +20,10 @@ import torch
 from kernels.dispatch import implementations, is_aligned
 from moe import balance
 from moe.attention import is_masked
+from moe.router_kinds import takes_highest
 from moe.train import checkpoint, telemetry
 from moe.train.journal import Journal, duration
-from moe.train.learner import Learner, Lesson
+from moe.train.learner import Learner, Lesson, Made
 from moe.train.spikes import SpikeDetector
 from moe.train.stop import DiskFull, NotFinite, Requests, Stopped
 from moe.train.validation import validate
@@ -60,6 +61,8 @@ class Training:
             sparse=spec.model.moe is not None,
             cuda=self.ranks.device.type == "cuda",
             router_prob=spec.telemetry.router_prob,
+            flops_per_token=accounting.price(spec).flops_per_token.training,
+            peak_flop_per_s=telemetry.peak(spec.training.precision, self.ranks),
             mtp_weight=spec.model.mtp_weight if spec.model.mtp_depth else None,
         )
         self._spikes = SpikeDetector(spec.telemetry.spike_window, spec.telemetry.spike_threshold)
@@ -67,6 +70,8 @@ class Training:
         self._resumed_from: int | None = None
         self._saved_step: int | None = None
         self._seconds_per_step = 0.0
+        self._made: Made | None = None  # handed to the device, but not told of
+        self._stop_asked = self._save_asked = False  # by any rank, in a step that was told of
         self._journal = Journal(out / "attempts" / str(attempt), first_rank=self.ranks.is_first)
 
     # ----- the run
@@ -75,17 +80,17 @@ class Training:
         """Makes the remaining steps. Raises Stopped after SIGTERM, NotFinite at a NaN, DiskFull, and whatever torch raises."""
         steps = self.spec.training.steps
         self._record_start()
-        if self.position.step and self._validation_due():
-            self._validate()  # The checkpoint was made by a stop in the middle of the validation that belongs to its step.
+        if self.position.step and self._validation_due() and not self._validate():
+            self._stop()  # The checkpoint was made by a stop in the middle of the validation that belongs to its step, and so is this one.
         while self.position.step < steps:
             if self.requests.stop and self.ranks.size == 1:
                 self._stop()
-            figures = self.train_step()
-            if self._validation_due():
-                self._validate()
+            self.train_step()
+            if self._validation_due() and not self._validate():
+                self._stop()  # Every rank knows: another step would leave this one's validation out for ever.
             if self.position.step < steps:
-                self._save_if_due(asked=figures.save)
-                if figures.stop:
+                self._save_if_due()
+                if self._stop_asked:
                     self._stop()
         if self.position.validated_step != steps and not self._validate():
             self._stop()
@@ -93,22 +98,40 @@ class Training:
         return self.position
 
     def close(self) -> None:
-        """Closes the spool."""
+        """Closes the spool, and ends the learner's threads."""
         self._journal.close()
+        self.learner.close()
 
-    def train_step(self) -> telemetry.Step:
-        """Makes one step and tells of it. Raises NotFinite."""
-        lesson = self.learner.train_step(self.position.step + 1, self.requests.take)
+    def train_step(self) -> None:
+        """Makes one step, and tells of it; of the one before instead, where the device is at it still. Raises NotFinite.
+
+        What a step asks for is then done a step later, on all ranks alike: all read the same figures.
+        """
+        made = self.learner.make_step(self.position.step + 1, self.requests.take)
+        self.catch_up()
+        self.position.step, self._made = made.step, made
+        if not self.learner.late:
+            self.catch_up()
+
+    def catch_up(self) -> None:
+        """Tells of the step that was made last, if it has not been told of. Raises NotFinite. Collective."""
+        if self._made is not None:
+            made, self._made = self._made, None
+            self._tell(self.learner.lesson(made))
+
+    def _tell(self, lesson: Lesson) -> None:
         figures = lesson.figures
-        self.position.step, self.position.loss = lesson.step, figures.loss
+        self.position.loss = figures.loss
+        self._stop_asked |= figures.stop
+        self._save_asked |= figures.save
         self._report(lesson)
         if not (math.isfinite(figures.loss) and math.isfinite(figures.grad_norm)):
             what = f"loss is {figures.loss}" if not math.isfinite(figures.loss) else f"gradient norm is {figures.grad_norm}"
             raise NotFinite(f"step {lesson.step}: the {what}; the last checkpoint is of step {self._saved_step or 'none'}")
         self._look_for_spike(lesson)
-        return figures
 
     def _stop(self) -> None:
+        self.catch_up()
         if self.position.step:
             self.save()
         raise Stopped(f"stopped on request after step {self.position.step}")
@@ -121,6 +144,7 @@ class Training:
 
     def _validate(self) -> bool:
         """Validates, unless a request to stop comes first; says whether it did."""
+        self.catch_up()
         training, step = self.spec.training, self.position.step
         result = validate(
             self.learner.model,
@@ -192,7 +216,9 @@ class Training:
             self._directory.rename(self._directory.with_name(f"checkpoints.before-{time.time_ns()}"))
 
     def save(self) -> None:
-        """A checkpoint of this step, unless there is one; then the oldest beyond `keep_checkpoints` go."""
+        """A checkpoint of this step, which has been told of then, unless there is one; then the oldest beyond `keep_checkpoints` go."""
+        self.catch_up()
+        self._save_asked = False
         if self._saved_step == self.position.step:
             return
         self._saved_step = self.position.step
@@ -226,9 +252,9 @@ class Training:
             "torch": torch.__version__,
         }
 
-    def _save_if_due(self, *, asked: bool) -> None:
+    def _save_if_due(self) -> None:
         every = self.spec.training.checkpoint_every
-        if asked or (every and self.position.step % every == 0):
+        if self._save_asked or (every and self.position.step % every == 0):
             self.save()
 
     # ----- reports
@@ -253,7 +279,7 @@ class Training:
                 top_k=spec.model.moe.top_k if spec.model.moe else 0,
                 phases=list(telemetry.PHASES),
                 balance_terms=list(model.balance_terms),
-                ops=self._implementations(),
+                ops=self.implementations(),
                 versions={"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
             )
         )
@@ -263,12 +289,15 @@ class Training:
             f"{self.ranks.size} x {device}; " + (f"going on after step {self._resumed_from}" if self._resumed_from is not None else "from the start")
         )
 
-    def _implementations(self) -> dict[str, str]:
+    def implementations(self) -> dict[str, str]:
+        """Which implementation runs each operation."""
         moe, dtype = self.spec.model.moe, torch.bfloat16 if self.spec.training.precision == "bfloat16" else torch.float32
         padded = moe is not None and moe.capacity.padded
         masked = is_masked(self.spec.model) or self.spec.data.packing == "documents"
         aligned = moe is None or is_aligned(self.spec.model.d_model, moe.d_expert)
-        return implementations(self.ranks.device, dtype, padded=padded, masked=masked, aligned=aligned)
+        scored = (moe.n_experts, moe.top_k) if moe is not None and takes_highest(moe.router.kind) else None
+        compiled = self.spec.training.compile
+        return implementations(self.ranks.device, dtype, padded=padded, masked=masked, aligned=aligned, compiled=compiled, scored=scored)
 
     def _report(self, lesson: Lesson) -> None:
         spec, step, figures = self.spec, lesson.step, lesson.figures
@@ -278,15 +307,16 @@ class Training:
             if names := self._reporter.declare(figures):
                 self._journal.record(events.MetricsDeclared(names=names))
             scalars = self._reporter.scalars(figures, lesson.rate, tokens, lesson.seconds)
-            self._journal.record(events.StepDone(step, time.time(), scalars, self._reporter.tensors(figures, lesson.phase_ms)))
+            sampled = lesson.sample.tensors() if lesson.sample is not None else {}
+            self._journal.record(events.StepDone(step, time.time(), scalars, self._reporter.tensors(figures, lesson.phase_ms) | sampled))
         smoothing = 0.1 if self._seconds_per_step else 1.0
         self._seconds_per_step += smoothing * (lesson.seconds - self._seconds_per_step)
-        router = ""
+        speed, router = self._reporter.speed(tokens / self._seconds_per_step), ""
         if figures.tokens_LE is not None:
             dead = np.count_nonzero(figures.tokens_LE == 0)
             router = f"  MaxVio {telemetry.max_vio(figures.tokens_LE).mean():.2f}  dead {dead}"
         self._journal.progress(
-            f"step {step}/{spec.training.steps}  loss {figures.loss:.4f}  lr {lesson.rate:.2e}  {tokens / self._seconds_per_step:,.0f} tokens/s"
+            f"step {step}/{spec.training.steps}  loss {figures.loss:.4f}  lr {lesson.rate:.2e}  {speed}"
             f"{router}  left {duration((spec.training.steps - step) * self._seconds_per_step)}",
             always=last or step == 1,
         )

@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe.model import Transformer
 from moe.parallel import Mesh
 from moe.train import sharded
+from moe.train.sharded import local
 from spec.training import Optimizer
 
 
@@ -30,7 +31,7 @@ class AdamW:
     """Matrices are decayed, norms, biases and embeddings not; routers have a rate of their own."""
 
     def __init__(self, model: Transformer, spec: Optimizer, mesh: Mesh | None = None) -> None:
-        """Moments of zero, float32, beside the parameters that are trained. `mesh` is the model's."""
+        """Moments of zero, float32, beside the parameters that are trained, and sharded as they are. `mesh` is the model's."""
         self.spec, self._mesh = spec, mesh
         self.parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.groups = {
@@ -57,10 +58,10 @@ class AdamW:
             names = list(gradients)
             if names:
                 torch._fused_adamw_(
-                    [self.parameters[name] for name in names],
-                    list(gradients.values()),
-                    [self._mean[name] for name in names],
-                    [self._square[name] for name in names],
+                    [local(self.parameters[name]) for name in names],
+                    [local(gradient) for gradient in gradients.values()],
+                    [local(self._mean[name]) for name in names],
+                    [local(self._square[name]) for name in names],
                     [],
                     [self._steps] * len(names),
                     lr=rate * group.rate_factor,
@@ -76,7 +77,7 @@ class AdamW:
         """The global gradient norm before clipping, a scalar on the device; gradients are scaled down to `largest` unless that is 0."""
         norm = sharded.total_norm(self.parameters, self._mesh)
         if largest > 0:
-            nn.utils.clip_grads_with_norm_(self.parameters.values(), largest, norm)
+            sharded.scale_gradients(self.parameters.values(), norm, largest)
         return norm
 
     def zero_grad(self) -> None:

@@ -21,12 +21,21 @@ from spec.training import Parallel
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place among the run's. R = `size`. `mesh` says who holds which experts, where parallel.expert shares them out."""
+    """This process's place among the run's. R = `size`. `mesh` says who holds which experts, where parallel.expert shares them out.
+
+    With `shard` the ranks hold a part of every other weight each.
+    """
 
     rank: int
     size: int
     device: torch.device
     mesh: Mesh | None = None
+    shard: bool = False
+
+    @property
+    def together(self) -> bool:
+        """Whether all ranks must make the same forward passes: each holds what the others need."""
+        return self.mesh is not None or self.shard
 
     @property
     def is_first(self) -> bool:
@@ -38,7 +47,7 @@ class Ranks:
         if self.size == 1:
             return vector[None]
         gathered = vector.new_empty(self.size, *vector.shape)
-        dist.all_gather_into_tensor(gathered.view(-1), vector.contiguous().view(-1))
+        dist.all_gather_single(gathered.view(-1), vector.contiguous().view(-1))
         return gathered
 
     def from_first(self, value: int) -> int:
@@ -47,7 +56,7 @@ class Ranks:
 
     def any(self, wish: bool) -> bool:
         """Whether this rank's `wish` is a wish of any rank that must make the same forward passes: of this one alone, where none must."""
-        return wish if self.mesh is None else bool(self.gather(torch.tensor([wish], device=self.device)).any())
+        return wish if not self.together else bool(self.gather(torch.tensor([wish], device=self.device)).any())
 
     def leave(self) -> None:
         """Waits for the other ranks, and parts."""
@@ -69,13 +78,14 @@ def join(parallel: Parallel) -> Ranks:
         if store:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             init_method=f"file://{store}" if store else "env://",
             rank=rank,
             world_size=size,
             timeout=timedelta(seconds=float(os.environ.get("MOELAB_COLLECTIVE_TIMEOUT_S", "300"))),
         )
-    return Ranks(rank, size, device, Mesh.of(parallel.data, parallel.expert) if parallel.expert > 1 else None)
+    mesh = Mesh.of(parallel.data, parallel.expert, overlap=parallel.overlap) if parallel.expert > 1 else None
+    return Ranks(rank, size, device, mesh, shard=parallel.shard and size > 1)
 
 
 def _device(parallel: Parallel) -> torch.device:

@@ -17,6 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moe.routing import RoutingStats
+from moe.train.ranks import Ranks
+from spec.accounting.limits import MAX_ROUTING_CELLS
+from spec.events import PARTS, PASSES
+from spec.peak import peak_flop_per_s
 
 Host = Mapping[str, NDArray[Any]]
 FIGURE = "router/"  # begins the names of what routers and capacity report of themselves
@@ -40,6 +44,13 @@ def unpack(rows: NDArray[np.int32], parts: Mapping[str, Tensor]) -> dict[str, ND
         arrays[name] = (piece.view(np.float32) if part.is_floating_point() else piece).reshape(len(rows), *part.shape)
         start = stop
     return arrays
+
+
+def total(rows: Tensor, parts: Mapping[str, Tensor], name: str) -> Tensor:
+    """int64[*shape]: the counts `name` of the gathered int32[R, n], summed over the ranks, on their device."""
+    before = list(parts)[: list(parts).index(name)]
+    start = sum(parts[other].numel() for other in before)
+    return rows[:, start : start + parts[name].numel()].sum(0).view(parts[name].shape)
 
 
 def step_parts(
@@ -71,8 +82,8 @@ def step_parts(
         }
         if stats.attention_tokens_LE is not None:
             parts["attention_tokens"] = stats.attention_tokens_LE
-        if stats.sent_P is not None:
-            parts["sent"] = stats.sent_P
+        if stats.sent_LP is not None:
+            parts["sent"] = stats.sent_LP
     if bias_LE is not None:
         parts["expert_bias"] = bias_LE
     return parts
@@ -97,7 +108,7 @@ class Step:
     mtp_loss: float | None = None  # weighted; where the model predicts further ahead
     attention_LE: NDArray[np.uint32] | None = None  # tokens of attention experts
     figures: Mapping[str, float] = field(default_factory=dict)  # by the name of the scalar
-    traffic_RR: NDArray[np.uint32] | None = None  # rows that rank i sent to rank j, over all layers; where experts are shared out
+    traffic_LRR: NDArray[np.uint32] | None = None  # rows that rank i sent to rank j in each layer, where experts are shared out
 
     @property
     def loss(self) -> float:
@@ -128,7 +139,7 @@ class Step:
             bias_LE=host["expert_bias"][0] if "expert_bias" in host else None,
             max_logit=float(host["max_logit"].max()),
             figures={name: float(array.mean(dtype=np.float64)) for name, array in host.items() if name.startswith(FIGURE)},
-            traffic_RR=_traffic(host["sent"]) if "sent" in host else None,
+            traffic_LRR=_traffic(host["sent"]) if "sent" in host else None,
         ).with_attention(host)
 
     def with_attention(self, host: Host) -> Step:
@@ -140,14 +151,31 @@ class Step:
         return replace(self, attention_LE=tokens_LE, figures={**self.figures, **{FIGURE + name: value for name, value in found.items()}})
 
 
-def _traffic(sent_RP: NDArray[np.int32]) -> NDArray[np.uint32]:
-    """From what each rank sent to the shards of its replica: rank r is shard r % P of replica r // P."""
-    ranks, shards = sent_RP.shape
-    traffic_RR = np.zeros((ranks, ranks), np.uint32)
-    for rank, sent_P in enumerate(sent_RP):
+@dataclass(frozen=True)
+class Sample:
+    """Where a sampled step's time went on each rank, float32[R, part, pass] milliseconds, and the bytes of rows it sent to others, float32[R]."""
+
+    part_ms: NDArray[np.float32]
+    sent_bytes: NDArray[np.float32] | None
+
+    @classmethod
+    def over_ranks(cls, rows: NDArray[np.float32], *, routed: bool) -> Sample:
+        """From the gathered rows: the parts, then the bytes, which there are where tokens are `routed` between ranks."""
+        return cls(rows[:, :-1].reshape(len(rows), len(PARTS), len(PASSES)), rows[:, -1] if routed else None)
+
+    def tensors(self) -> dict[str, NDArray[Any]]:
+        """By their names in spec.events.TENSORS."""
+        return {"part_ms": self.part_ms} | ({} if self.sent_bytes is None else {"sent_bytes": self.sent_bytes})
+
+
+def _traffic(sent_RLP: NDArray[np.int32]) -> NDArray[np.uint32]:
+    """[L, R, R] from what each rank sent to the shards of its replica: rank r is shard r % P of replica r // P."""
+    ranks, layers, shards = sent_RLP.shape
+    traffic_LRR = np.zeros((layers, ranks, ranks), np.uint32)
+    for rank, sent_LP in enumerate(sent_RLP):
         first = rank // shards * shards
-        traffic_RR[rank, first : first + shards] = sent_P
-    return traffic_RR
+        traffic_LRR[:, rank, first : first + shards] = sent_LP
+    return traffic_LRR
 
 
 def max_vio(tokens_LE: NDArray[Any]) -> NDArray[np.float64]:
@@ -157,21 +185,41 @@ def max_vio(tokens_LE: NDArray[Any]) -> NDArray[np.float64]:
     return excess_L / np.where(mean_L > 0, mean_L, 1)
 
 
+def peak(precision: str, ranks: Ranks) -> float | None:
+    """FLOP/s of all the run's devices at best; None where it is not known, as of CPUs."""
+    if ranks.device.type != "cuda":
+        return None
+    one = peak_flop_per_s(torch.cuda.get_device_name(ranks.device), precision)
+    return None if one is None else one * ranks.size
+
+
 class Reporter:
     """Turns a Step into the scalars and tensors of a StepDone."""
 
-    def __init__(self, terms: Sequence[tuple[str, float]], *, sparse: bool, cuda: bool, router_prob: bool, mtp_weight: float | None = None) -> None:
+    def __init__(
+        self,
+        terms: Sequence[tuple[str, float]],
+        *,
+        sparse: bool,
+        cuda: bool,
+        router_prob: bool,
+        flops_per_token: int,
+        peak_flop_per_s: float | None = None,
+        mtp_weight: float | None = None,
+    ) -> None:
         """`terms`: name and coefficient of each balancing term that has a loss, in the order of the statistics.
 
+        `flops_per_token`: the accountant's, of training. `peak_flop_per_s`: of all devices together; without it there is no `mfu`.
         `mtp_weight`: what the extra predictions' loss is weighted by, where there are any; the scalar `mtp_loss` is without it.
         """
+        self._flops_per_token, self._peak_flop_per_s = flops_per_token, peak_flop_per_s
         self._mtp_weight = mtp_weight
         self._coefficients_N = np.array([coefficient for _, coefficient in terms], np.float64)
         self._router_prob = router_prob
         self._cuda = cuda
         ahead = ["mtp_loss"] if mtp_weight is not None else []
-        names = ["loss", "lm_loss", *(f"balance/{name}" for name, _ in terms), *ahead, "grad_norm", "lr", "tokens_per_s", "step_ms"]
-        self._names = [*names, *(ROUTER_SCALARS if sparse else ()), *(("memory_bytes",) if cuda else ())]
+        names = ["loss", "lm_loss", *(f"balance/{name}" for name, _ in terms), *ahead, "grad_norm", "lr", "tokens_per_s", "step_ms", "tflop_per_s"]
+        self._names = [*names, *(("mfu",) if peak_flop_per_s else ()), *(ROUTER_SCALARS if sparse else ()), *(("memory_bytes",) if cuda else ())]
         self._figures: list[str] | None = None
 
     def declare(self, step: Step) -> list[str] | None:
@@ -181,6 +229,16 @@ class Reporter:
         self._figures = sorted(step.figures)
         return self._names + self._figures
 
+    def flop_per_s(self, tokens_per_s: float) -> float:
+        """Model FLOPs per second over all devices: what the accountant counts, without recomputation."""
+        return self._flops_per_token * tokens_per_s
+
+    def speed(self, tokens_per_s: float) -> str:
+        """The speed in words for a terminal."""
+        flop_per_s = self.flop_per_s(tokens_per_s)
+        share = f" ({flop_per_s / self._peak_flop_per_s:.1%} MFU)" if self._peak_flop_per_s else ""
+        return f"{tokens_per_s:,.0f} tokens/s  {flop_per_s / 1e12:.3g} TFLOP/s{share}"
+
     def scalars(self, step: Step, lr: float, tokens: int, seconds: float) -> NDArray[np.float32]:
         """float32[S], in the order that `declare` told. `tokens` were trained on in `seconds`."""
         values = [step.loss, step.lm_loss]
@@ -188,7 +246,10 @@ class Reporter:
             values += (self._coefficients_N * step.balance_LN.sum(axis=0, dtype=np.float64)).tolist()
         if self._mtp_weight is not None:
             values.append(math.nan if step.mtp_loss is None else step.mtp_loss / self._mtp_weight)
-        values += [step.grad_norm, lr, tokens / seconds, 1000 * seconds]
+        flop_per_s = self.flop_per_s(tokens / seconds)
+        values += [step.grad_norm, lr, tokens / seconds, 1000 * seconds, flop_per_s / 1e12]
+        if self._peak_flop_per_s:
+            values.append(flop_per_s / self._peak_flop_per_s)
         if step.tokens_LE is not None and step.dropped_LE is not None and step.entropy_L is not None:
             total_LE = step.tokens_LE.astype(np.float64)
             mean_L = total_LE.mean(axis=1)
@@ -211,8 +272,10 @@ class Reporter:
         if self._router_prob:
             tensors["router_prob"] = step.prob_LE
         tensors |= {"dropped": step.dropped_LE, "expert_bias": step.bias_LE, "phase_ms": phase_ms}
-        if step.traffic_RR is not None:
-            tensors["rank_tokens"] = step.traffic_RR
+        if step.traffic_LRR is not None and step.traffic_LRR.size <= MAX_ROUTING_CELLS:
+            tensors["rank_traffic"] = step.traffic_LRR
+        elif step.traffic_LRR is not None:
+            tensors["rank_tokens"] = step.traffic_LRR.sum(axis=0, dtype=np.uint32)
         if len(self._coefficients_N):
             tensors["balance_loss"] = step.balance_LN
         tensors |= {"router_entropy": step.entropy_L, "attention_tokens": step.attention_LE}

@@ -61,9 +61,9 @@ def validate(
                         break
                     chosen = slice(start + ranks.rank, start + micro_batch * ranks.size, ranks.size)
                     counts = chosen.start < len(rows)
-                    if not counts and ranks.mesh is None:
+                    if not counts and not ranks.together:
                         break
-                    # Ranks that share the experts run them for each other: one that has no row left runs the first again, uncounted.
+                    # Ranks that hold a part of the weights each run them for each other: one that has no row left runs the first again, uncounted.
                     tokens_BS, targets_BS = (t.to(ranks.device) for t in batches.tokens_and_targets(rows[chosen if counts else slice(1)]))
                     with autocast():
                         output = model(tokens_BS, targets_BS, batches.documents(tokens_BS))

@@ -28,6 +28,7 @@ MODULES = (
     "clone",
     "generate",
     "export",
+    "placement",
     "presets",
     "price",
     "baseline",

@@ -91,6 +91,8 @@ def _line(run: dict[str, Any]) -> str:
     if not run["last_step"]:
         return text
     text += f" step {run['last_step']:>5}/{run['steps']}  loss {_number(summary.get('lm_loss'), 4)}  {_number(run['tokens_per_s'], 0)} tokens/s"
+    if (mfu := summary.get("mfu")) is not None:
+        text += f" ({mfu:.1%} MFU)"
     text += f"  MaxVio {_number(summary.get('max_vio'), 2)}  dead experts {_number(summary.get('dead_experts'), 0)}"
     return text + (f"  {run['seconds_left']:.0f} s left" if run["seconds_left"] else "")
 

@@ -9,14 +9,17 @@ FLOPs        forward: 2 for each weight of a matrix that a token is multiplied b
              2 * heads * (d_qk + d_v) * mean context at the spec's seq_len, causal: (S + 1) / 2, within a window or chunk less;
              4 * heads * head_dim^2 for lightning attention, in its recurrent form. Every token counts top_k experts, also where
              a router may choose fewer (gshard, capacity) or each expert chooses (expert_choice: top_k on average).
-             training: 3 * forward, with the blocks of multi-token prediction and their heads. Recomputed activations and
-             dropped tokens change neither: this is model FLOPs.
+             training: 3 * forward, with the blocks of multi-token prediction and their heads. Recomputed activations,
+             dropped tokens and what training.train freezes change neither: this is model FLOPs, which a run's TFLOP/s and
+             utilisation (`mfu`) are reckoned with.
              Encoder-decoder: per pair of one source and one target token, both sequences of seq_len tokens.
 Bytes        on one device: weights and gradients float32, AdamW's two moments float32; experts are divided over
-             parallel.expert ranks, the rest is replicated; what training.train leaves out has neither gradient nor moments.
+             parallel.expert ranks, the rest is replicated, or with parallel.shard divided over all ranks (but for the layer that runs
+             and the embeddings, which are whole meanwhile and not counted); what training.train leaves out has neither gradient nor moments.
              `activations` is an estimate, see `memory.activation_bytes`. `checkpoint` is the whole file set: weights and moments.
 All-to-all   each of the top_k copies of a token crosses with probability (ranks - 1) / ranks, out and back, in the
-             forward and in the backward pass, at the width of the residual stream in the arithmetic's precision.
+             forward and in the backward pass (and once more where activations are recomputed), at the width of the residual
+             stream in the arithmetic's precision.
 """
 
 from spec.accounting.count import PARTS

@@ -100,5 +100,6 @@ def _bytes(spec: ExperimentSpec, total: int, experts: int) -> Bytes:
 
 
 def _here(spec: ExperimentSpec, total: int, experts: int) -> int:
-    """Of `total` parameters, `experts` of them divided over the ranks, those on one device."""
-    return total - experts + -(-experts // spec.parallel.expert)
+    """Of `total` parameters, `experts` of them divided over the ranks, those on one device; the others divided too where they are sharded."""
+    parallel = spec.parallel
+    return -(-(total - experts) // (parallel.world_size if parallel.shard else 1)) + -(-experts // parallel.expert)

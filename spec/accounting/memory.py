@@ -10,11 +10,6 @@ from spec.model import Model
 from spec.moe import GATED
 
 
-def _width_bytes(spec: ExperimentSpec) -> int:
-    """Bytes of one number in the arithmetic of the matrix products."""
-    return 4 if spec.training.precision == "float32" else 2
-
-
 def activation_bytes(spec: ExperimentSpec) -> int:
     """What one micro-batch keeps for the backward pass on one device; an estimate, without the allocator's waste.
 
@@ -24,7 +19,7 @@ def activation_bytes(spec: ExperimentSpec) -> int:
     their gradient (2 V). With activation_recompute a layer keeps its input (d), and one layer's own is held at a time.
     A block of multi-token prediction is a layer more, with the vectors that its projection joins (2 d) and logits of its own.
     """
-    model, moe, width = spec.model, spec.model.moe, _width_bytes(spec)
+    model, moe, width = spec.model, spec.model.moe, spec.training.product_bytes
     tokens = spec.training.batch_size // spec.training.grad_accumulation // spec.parallel.world_size * spec.data.seq_len
     d, layers = model.d_model, model.n_layers + model.encoder_layers + model.mtp_depth
     sparse = n_moe_layers(model) + n_mtp_moe_layers(model)
@@ -56,18 +51,22 @@ def _attention_width(model: Model) -> int:
 
 
 def all_to_all_bytes(spec: ExperimentSpec) -> int:
-    """Bytes that leave a device per token and step: dispatch and combine, forward and backward, in all MoE layers."""
+    """Bytes that leave a device per token and step: dispatch and combine, forward and backward, in all MoE layers.
+
+    With activation_recompute the backward pass sends the forward's rows again.
+    """
     ranks = spec.parallel.expert
     if spec.model.moe is None:
         return 0
-    crossings = 4 * spec.model.moe.top_k * (n_moe_layers(spec.model) + n_mtp_moe_layers(spec.model))
-    return crossings * spec.model.d_model * _width_bytes(spec) * (ranks - 1) // ranks
+    passes = 6 if spec.training.activation_recompute else 4
+    crossings = passes * spec.model.moe.top_k * (n_moe_layers(spec.model) + n_mtp_moe_layers(spec.model))
+    return crossings * spec.model.d_model * spec.training.product_bytes * (ranks - 1) // ranks
 
 
 def kv_cache_bytes(spec: ExperimentSpec) -> int:
     """Cache that one token adds in all decoder layers (windowed ones too, which later drop it); cross-attention's beside it."""
     layers = sum(sight.layers for sight in sights(spec.model))
-    return _cached_numbers(spec.model) * _width_bytes(spec) * layers * (2 if spec.model.encoder_layers else 1)
+    return _cached_numbers(spec.model) * spec.training.product_bytes * layers * (2 if spec.model.encoder_layers else 1)
 
 
 def kv_cache_bytes_per_sequence(spec: ExperimentSpec) -> int:
@@ -83,7 +82,7 @@ def kv_cache_bytes_per_sequence(spec: ExperimentSpec) -> int:
     if isinstance(model.attention, LightningAttention):
         linear = model.n_layers - model.n_layers // model.attention.full_every
         numbers += linear * model.attention.n_heads * model.attention.head_dim**2
-    return numbers * _width_bytes(spec)
+    return numbers * spec.training.product_bytes
 
 
 def _cached_numbers(model: Model) -> int:

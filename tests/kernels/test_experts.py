@@ -158,9 +158,12 @@ def test_unknown_activation_is_refused():
 
 
 def test_the_run_page_is_told_what_runs(monkeypatch):
-    assert dispatch.implementations("cpu", torch.float32) == {"expert_ffn": "cpu", "attention": "sdpa", "rms_norm": "cpu"}
+    assert dispatch.implementations("cpu", torch.float32) == {"expert_ffn": "cpu", "router": "torch", "attention": "sdpa", "rms_norm": "cpu"}
     assert dispatch.implementations("cpu", padded=True)["expert_ffn"] == dispatch.implementations("cuda", padded=True)["expert_ffn"] == "padded"
     monkeypatch.setattr(dispatch, "HAS_TRITON", True)
+    assert dispatch.implementations("cpu", scored=(8, 2))["router"] == "torch"
+    assert dispatch.implementations("cuda", scored=(128, 8))["router"] == "triton"
+    assert dispatch.implementations("cuda", scored=(2048, 8))["router"] == "torch"  # a row of scores is one tile
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         assert dispatch.implementations("cuda", dtype, aligned=False)["expert_ffn"] == "triton"
     assert dispatch.implementations("cuda", torch.float64)["expert_ffn"] == "naive"

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from benchmarks import gpu, kernels, peers
-from kernels import combine_triton, experts_grouped, experts_naive
+from benchmarks import gpu, gpu_routing, kernels, peers
+from kernels import combine_triton, experts_grouped, experts_naive, router_triton, tiles_triton
+from kernels.router_naive import Routed
 
 SHAPE = (9, 2, 3, 20, 24)
 
@@ -17,6 +21,7 @@ SHAPE = (9, 2, 3, 20, 24)
 def _interpretable(monkeypatch):
     """Only float32: the interpreter is slow, and wrong in bfloat16."""
     monkeypatch.setattr(gpu, "MOST", {torch.float32: 1e-3})
+    monkeypatch.setattr(gpu_routing, "MOST_ROUTED", {torch.float32: 1e-5})
 
 
 def test_the_kernels_pass(monkeypatch):
@@ -41,6 +46,42 @@ def test_what_no_time_was_left_for_is_a_failure(monkeypatch):
     monkeypatch.setattr(gpu, "NUMERICS_S", -1.0)
     errors, failures = gpu.numerics("cpu", (SHAPE,))
     assert not errors and len(failures) == len(gpu.ROUTINGS) and all("not checked" in failure for failure in failures)
+
+
+def test_the_routing_kernels_pass(monkeypatch):
+    monkeypatch.setattr(gpu_routing, "ROUTED", {torch.float32: ((9, 16, 3),)})
+    errors, failures = gpu_routing.numerics("cpu", ("dropped",), ((37, 3, 6),))
+    assert failures == []
+    assert {"tiles", "route softmax order float32", "route groups by best two gradient float32"} <= set(errors)
+
+
+@pytest.mark.parametrize("what", ["expert_TK", "gate_TK", "count_E", "prob_E"])
+def test_a_wrong_router_fails(what, monkeypatch):
+    right = router_triton.route
+
+    def wrong(*inputs: Any) -> Routed:
+        routed = right(*inputs)
+        value = getattr(routed, what)
+        return routed._replace(**{what: value.flip(-1) if what == "expert_TK" else value * 2})
+
+    monkeypatch.setattr(router_triton, "route", wrong)
+    monkeypatch.setattr(gpu_routing, "ROUTED", {torch.float32: ((9, 8, 3),)})
+    _, failures = gpu_routing.numerics("cpu", (), ())
+    assert failures
+
+
+def test_a_wrong_sorting_fails(monkeypatch):
+    right = tiles_triton.make_tiles
+    monkeypatch.setattr(tiles_triton, "make_tiles", lambda *given: replace(right(*given), slot_R=right(*given).token_R))
+    monkeypatch.setattr(gpu_routing, "ROUTED", {torch.float32: ()})
+    _, failures = gpu_routing.numerics("cpu", ("spread",), ((37, 3, 6),))
+    assert failures == ["tiles, spread, T K E = (37, 3, 6): 1.10e+02 > 0e+00"]
+
+
+def test_what_is_repeated_gives_tensors(monkeypatch):
+    monkeypatch.setattr(gpu_routing, "REPEATED", (64, 16, 2))
+    works = gpu_routing.repeated("cpu")
+    assert all(torch.equal(a, b) for work in works.values() for a, b in zip(work(), work(), strict=True))
 
 
 def test_error_is_relative_and_sees_nan():

@@ -247,4 +247,4 @@ def cached_bytes(spec: ExperimentSpec) -> int:
             numbers += width * s
         if a.kind == "lightning" and (layer + 1) % a.full_every:
             numbers += a.n_heads * a.head_dim * a.head_dim
-    return numbers * (4 if spec.training.precision == "float32" else 2)
+    return numbers * (2 if spec.training.precision == "bfloat16" else 4)

@@ -108,8 +108,12 @@ def specs(draw: st.DrawFn) -> ExperimentSpec:
     plain = {
         "model": model,
         "data": {"seq_len": draw(small(8, 24))},
-        "training": {"batch_size": 8, "precision": draw(st.sampled_from(["float32", "bfloat16"])), "activation_recompute": draw(st.booleans())},
-        "parallel": {"expert": ranks},
+        "training": {
+            "batch_size": 8,
+            "precision": draw(st.sampled_from(["float32", "tf32", "bfloat16"])),
+            "activation_recompute": draw(st.booleans()),
+        },
+        "parallel": {"expert": ranks, "shard": draw(st.booleans())},
     }
     try:
         return ExperimentSpec.model_validate(plain)

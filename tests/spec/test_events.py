@@ -198,5 +198,8 @@ def test_codes_of_tensors_are_kept_by_the_store_and_never_change() -> None:
         7: "balance_loss",
         8: "router_entropy",
         9: "attention_tokens",
+        10: "part_ms",
+        11: "rank_traffic",
+        12: "sent_bytes",
     }
     assert all(kind.dtype in block.DTYPES for kind in TENSORS.values())

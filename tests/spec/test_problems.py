@@ -34,6 +34,16 @@ def found(plain: Any) -> list[tuple[str, str]]:
         ({"model": {"moe": {"router": {"n_groups": 3}}}}, "/model/moe/router/n_groups", "router.n_groups 3 does not divide n_experts 8"),
         ({"model": {"attention": {"kind": "gqa", "n_heads": 3}}}, "/model/attention/n_kv_heads", "n_kv_heads 4 does not divide n_heads 3"),
         ({"parallel": {"expert": 3}}, "/parallel/expert", "parallel.expert 3 does not divide model.moe.n_experts 8"),
+        (
+            {"parallel": {"expert": 2}, "model": {"moe": {"balance": [{"kind": "device_aux", "n_devices": 4}]}}},
+            "/model/moe/balance",
+            "model.moe.balance device_aux n_devices 4 is not parallel.expert 2: its devices are the ranks that share the experts",
+        ),
+        (
+            {"parallel": {"expert": 4}, "model": {"moe": {"n_experts": 12, "router": {"n_groups": 3, "top_groups": 2}}}},
+            "/model/moe/router/n_groups",
+            "model.moe.router.n_groups 3 and parallel.expert 4 do not divide each other: the experts of a group would lie on parts of ranks",
+        ),
         ({"model": {"vocab_size": 10}}, "/model/vocab_size", "model.vocab_size 10 < 257, which data.tokenizer byte needs"),
         ({"training": {"steps": None}}, "/training/steps", "steps: should be a valid integer, not null"),
         ({"training": []}, "/training", "training: should be a mapping of fields, not []"),

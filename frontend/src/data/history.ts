@@ -88,11 +88,21 @@ export class History {
     const { experts, moe_layers: layers } = store.run;
     if (!layers.length || !store.step || store.snapshots.at(store.step)) return;
     const signal = this.fresh("snapshot");
-    const span = chunkSteps(layers.length, experts);
+    const span = chunkSteps(layers.length, experts + store.run.device_names.length ** 2);
     const from = Math.max(store.step - Math.ceil(span / 2), 1);
     const to = Math.max(Math.min(from + span, store.lastStep), store.step);
-    const rows = await this.steps(from, to, "scalars=&tensors=expert_tokens,router_prob,dropped,expert_bias,balance_loss,router_entropy,phase_ms,rank_tokens", signal);
+    const rows = await this.steps(from, to, "scalars=&tensors=expert_tokens,router_prob,dropped,expert_bias,balance_loss,router_entropy,phase_ms,rank_tokens,rank_traffic", signal);
     store.snapshots.add(from, to, snapshotsOf(rows));
+    store.emit("snapshot");
+  }
+
+  /** The sample that belongs to the cursor, unless it is here. */
+  async sample(): Promise<void> {
+    const { store } = this;
+    const step = store.samples.missing(store.step);
+    if (!step) return;
+    const signal = this.fresh("sample");
+    store.samples.take(await this.steps(step, step, "scalars=&tensors=part_ms,sent_bytes", signal), step);
     store.emit("snapshot");
   }
 

@@ -1,5 +1,6 @@
 /** The state of the run page. Everything that arrives, from history or live, goes through `apply*`; views listen by topic. */
 import { LayerHistory } from "./layer";
+import { Samples } from "./samples";
 import { Series } from "./series";
 import { Snapshots, snapshotsOf } from "./snapshot";
 import type { Steps } from "./steps";
@@ -37,7 +38,15 @@ export class RunStore {
   private readonly listeners = new Map<Topic, Set<() => void>>();
   readonly logListeners = new Set<(offset: number, text: string) => void>();
 
-  constructor(public run: Run) {}
+  /** The parts that sampled steps were told into, `sampleEvery` steps apart. */
+  readonly samples: Samples;
+
+  constructor(
+    public run: Run,
+    sampleEvery = 0,
+  ) {
+    this.samples = new Samples(sampleEvery);
+  }
 
   on(topics: Topic | Topic[], listener: () => void): void {
     for (const topic of [topics].flat()) {
@@ -92,6 +101,7 @@ export class RunStore {
       const terms = this.terms && termRows(rows, this.layer, this.run.balance_terms ?? []);
       if (terms) this.terms!.apply(terms);
       if (rows.level === 1) this.snapshots.append(snapshotsOf(rows));
+      this.samples.take(rows);
     }
     this.limit();
     if (this.follow) this.step = this.lastStep;
@@ -143,6 +153,7 @@ export class RunStore {
     this.layerWhole = this.layerZoomed = null;
     this.terms = null;
     this.snapshots.clear();
+    this.samples.clear();
   }
 
   private limit(): void {

@@ -23,8 +23,8 @@ import { initTabs } from "../view/tabs";
 import { initTimeline } from "../view/timeline";
 import { tellError } from "../view/toast";
 
-const { run, log_size: logSize } = pageData<{ run: Run; log_size: number }>("run-data");
-const store = new RunStore(run);
+const { run, log_size: logSize, parts } = pageData<{ run: Run; log_size: number; parts: { names: string[]; every: number } }>("run-data");
+const store = new RunStore(run, parts.every);
 const history = new History(store);
 let showStatus: (status: Status) => void = () => undefined;
 /** The newest event that the socket has told: after a broken connection it tells those that came since. */
@@ -60,7 +60,7 @@ async function load(): Promise<void> {
   if (run.last_step) await history.fill(store.run.last_step).catch(tellError);
   byId("panel-live").setAttribute("aria-busy", "false");
   socket.connect();
-  for (const work of [history.layer(), history.terms(), history.snapshot(), history.events()]) quietly(work);
+  for (const work of [history.layer(), history.terms(), history.snapshot(), history.sample(), history.events()]) quietly(work);
 }
 
 function initRouterWatch(): void {
@@ -79,7 +79,7 @@ new Routing(store);
 initBars(store);
 initBalancing(store);
 initExpert(store);
-initRanks(store);
+initRanks(store, parts.names);
 initMetrics(store);
 initEvents(store);
 initLog(store, logSize);
@@ -91,7 +91,7 @@ const quietly = (work: Promise<void>) =>
     tellError(error);
     if ((error as Error).name !== "AbortError") for (const box of all("#routing .canvas-box, #bars .canvas-box")) box.dataset.empty = `Could not be loaded. ${(error as Error).message}`;
   });
-store.on(["cursor", "steps"], debounced(60, () => quietly(history.snapshot())));
+store.on(["cursor", "steps"], debounced(60, () => quietly(Promise.all([history.snapshot(), history.sample()]).then(() => undefined))));
 store.on("range", () => quietly(Promise.all([history.zoom(), history.layer()]).then(() => undefined)));
 store.on("layer", () => {
   if (!store.layerHistory) quietly(history.layer());

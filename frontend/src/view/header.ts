@@ -52,6 +52,13 @@ function tookSeconds(run: Run): number {
   return run.started_at ? (end - new Date(run.started_at).getTime()) / 1000 : NaN;
 }
 
+/** The model's TFLOP/s, and what share of the devices' peak that is where it is known. */
+function speedText({ run, series, step }: RunStore, value: number | null | undefined): string {
+  const row = series.rowAt(step);
+  const share = (row >= 0 ? series.view("mfu")?.mean[row] : undefined) ?? run.summary?.mfu;
+  return share === undefined || share === null ? compact(value) : `${compact(value)} · ${percent(share, 0)}`;
+}
+
 /** A figure of the strip: a metric at the chosen step, or a fact of the run. */
 function statText(store: RunStore, name: string): string {
   const { run, series } = store;
@@ -60,6 +67,7 @@ function statText(store: RunStore, name: string): string {
   const row = series.rowAt(store.step);
   const value = (row >= 0 ? series.view(name)?.mean[row] : undefined) ?? run.summary?.[name];
   if (name === "tokens_per_s") return compact(store.follow && run.tokens_per_s ? run.tokens_per_s : value);
+  if (name === "tflop_per_s") return speedText(store, value);
   if (name === "dropped_share") return value === undefined || value === null ? "–" : percent(value, 1);
   return metric(value);
 }

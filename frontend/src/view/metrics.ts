@@ -34,6 +34,8 @@ const PANELS: Panel[] = [
   { title: "Gradient norm", help: "before clipping", match: is("grad_norm"), zeroBased: true },
   { title: "Learning rate", help: "", match: is("lr"), zeroBased: true },
   { title: "Tokens per second", help: "", match: is("tokens_per_s"), format: compact, zeroBased: true },
+  { title: "MFU", help: "model FLOP utilisation: FLOPs per token (as priced, without recomputation) × tokens per second ÷ the devices' dense peak", match: is("mfu"), format: (v) => percent(v, 1), tick: (v) => percent(v, 0), zeroBased: true },
+  { title: "Model TFLOP/s", help: "FLOPs per token (as priced, without recomputation) × tokens per second, over all devices", match: is("tflop_per_s"), zeroBased: true },
   { title: "Step time", help: "milliseconds", match: is("step_ms"), zeroBased: true },
   { title: "Memory", help: "bytes", match: is("memory_bytes"), format: compact, zeroBased: true },
 ];

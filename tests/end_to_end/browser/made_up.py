@@ -18,6 +18,7 @@ import numpy as np
 from websockets.sync.client import ClientConnection, connect
 
 from spec.events import (
+    PARTS,
     CheckpointSaved,
     EvalDone,
     Event,
@@ -30,7 +31,7 @@ from spec.events import (
     encode,
 )
 
-NAMES = ["loss", "lm_loss", "balance/switch_aux", "grad_norm", "lr", "tokens_per_s", "step_ms"]
+NAMES = ["loss", "lm_loss", "balance/switch_aux", "grad_norm", "lr", "tokens_per_s", "step_ms", "tflop_per_s", "mfu"]
 NAMES += ["max_vio", "load_cv", "router_entropy", "dead_experts", "dropped_share"]
 TOKENS = 2048
 SPIKE_AT = 0.62
@@ -45,6 +46,8 @@ class MadeUpRun:
         self.run, self.attempt, self.token, self.url = claim["run"], claim["attempt"], claim["token"], claim["ingest_url"]
         self.steps: int = spec["training"]["steps"]
         self.experts: int = moe["n_experts"]
+        self.ranks: int = spec["parallel"]["expert"]
+        self.sample_every: int = spec["telemetry"]["phases_every"]
         self.top_k: int = moe["top_k"]
         self.layers = list(range(moe["first_k_dense"] + moe["every"] - 1, spec["model"]["n_layers"], moe["every"]))
         self.random = np.random.default_rng(seed)
@@ -57,8 +60,8 @@ class MadeUpRun:
         started = RunStarted(
             attempt=self.attempt,
             at=time.time(),
-            world_size=1,
-            devices=["NVIDIA H100 80GB HBM3"],
+            world_size=self.ranks,
+            devices=["NVIDIA H100 80GB HBM3"] * self.ranks,
             total_params=4_207_872,
             active_params=1_848_576,
             tokens_per_step=TOKENS,
@@ -67,6 +70,7 @@ class MadeUpRun:
             n_experts=self.experts,
             top_k=self.top_k,
             balance_terms=["switch_aux"],
+            phases=["forward", "backward"],
             ops={"grouped_gemm": "torch", "permute": "torch"},
             versions={"torch": "2.13.0", "python": "3.11"},
         )
@@ -89,9 +93,12 @@ class MadeUpRun:
         vio = ratio.max(1) - 1
         scalars = [loss + 0.02, loss, 0.01 * float(vio.mean()), 0.6 + 2 * np.exp(-8 * at) + self.random.gamma(2, 0.05)]
         scalars += [3e-3 * min(1, step / 20) * (0.55 + 0.45 * np.cos(np.pi * at)), 21_000 + self.random.normal(0, 600), 97 + self.random.normal(0, 3)]
+        tflop_per_s = 415 + self.random.normal(0, 6)
+        scalars += [tflop_per_s, tflop_per_s / 989]
         scalars += [vio.mean(), ratio.std(1).mean(), entropy.mean(), (tokens == 0).sum(), dropped.sum() / tokens.sum()]
         tensors = {"expert_tokens": tokens, "router_prob": prob.astype(np.float32), "dropped": dropped, "router_entropy": entropy.astype(np.float32)}
         tensors["balance_loss"] = (ratio * prob).sum(1, keepdims=True).astype(np.float32)
+        tensors |= self._of_ranks(step, tokens)
         yield StepDone(step=step, at=time.time(), scalars=np.array(scalars, np.float32), tensors=tensors)
         if spiking and step == round(SPIKE_AT * self.steps):
             router = [self._layer(i, ratio[i], float(entropy[i])) for i in range(len(self.layers))]
@@ -110,6 +117,20 @@ class MadeUpRun:
             yield self._specialisation(step, prob)
             path = f"/var/lib/moelab/runs/{self.run}/checkpoints/step-{step:08d}"
             yield CheckpointSaved(step=step, at=time.time(), path=path, size_bytes=50_331_648, sha256="ab" * 32, seconds=0.4)
+
+    def _of_ranks(self, step: int, tokens_LE: np.ndarray[Any, Any]) -> dict[str, np.ndarray[Any, Any]]:
+        """Every rank's time, the second one's longer; and, where there are several, equal parts of the tokens to those that hold the experts."""
+        tensors = {"phase_ms": np.array([[40 + 10 * rank, 80] for rank in range(self.ranks)], np.float32)}
+        if step % self.sample_every == 0:
+            tensors["part_ms"] = np.array(
+                [[[4, 8] if part != "waiting" else [9 - 9 * rank, 3] for part in PARTS] for rank in range(self.ranks)], np.float32
+            )
+        if self.ranks > 1:
+            held = tokens_LE.reshape(len(tokens_LE), self.ranks, -1).sum(2) // self.ranks
+            tensors["rank_traffic"] = np.repeat(held[:, None, :], self.ranks, axis=1).astype(np.uint32)
+            if step % self.sample_every == 0:
+                tensors["sent_bytes"] = np.full(self.ranks, 1e6, np.float32)
+        return tensors
 
     def _specialisation(self, step: int, prob_LE: np.ndarray[Any, Any]) -> SpecialisationCounted:
         """Each class of token and each domain has a taste of its own, which grows with the steps."""

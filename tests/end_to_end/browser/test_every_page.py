@@ -34,6 +34,7 @@ PAGES += [
     "/api/v1/docs",
     "/runs/{run}",
     "/runs/{run}#specialisation",
+    "/runs/{run}#placement",
     "/runs/{run}#timeline",
     "/runs/{run}#checkpoints",
     "/runs/{run}#spec",

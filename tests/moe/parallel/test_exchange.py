@@ -42,8 +42,9 @@ def spread(mesh: Mesh, kind: str) -> dict[str, Tensor]:
     """One rank's share: its output and gradients, and the gradients of the experts that it holds."""
     w_in, w_out = (w.detach()[mesh.held(E)].clone().requires_grad_() for w in weights())
     x, chosen, gate, slope = given(mesh.rank, kind)
-    y, sent = expert_ffn(x, chosen, gate, E, mesh, lambda rows, own, ones: experts_naive.expert_ffn(rows, w_in, w_out, own, ones, "swiglu"))
+    y, sent, _ = expert_ffn(x, chosen, gate, E, mesh, lambda rows, own, ones: experts_naive.expert_ffn(rows, w_in, w_out, own, ones, "swiglu"))
     (y * slope).sum().backward()
+    assert sent is not None
     assert x.grad is not None and gate.grad is not None and w_in.grad is not None and w_out.grad is not None
     return {"y": y.detach(), "sent": sent, "x": x.grad, "gate": gate.grad, "w_in": w_in.grad, "w_out": w_out.grad}
 

@@ -6,10 +6,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from moe.train import checkpoint, stop
 from spec import events
+from spec.events import PARTS, PASSES
 from spec.experiment import ExperimentSpec
 from tests.moe.train.test_process import finish, start, steps
 from tests.moe.train.tiny import read_events, tiny
@@ -28,6 +30,7 @@ def spec(data: int, expert: int, steps: int) -> ExperimentSpec:
         optimizer={"grad_clip": 0.5, "schedule": "constant", "warmup_steps": 0, "lr": 1e-3},
         training={"steps": steps, "eval_every": HALF, "eval_batches": 1, "checkpoint_every": 0},
         parallel={"data": data, "expert": expert},
+        telemetry={"phases_every": HALF},
     )
 
 
@@ -67,14 +70,29 @@ def test_traffic_is_what_the_routing_makes_it(runs: dict[tuple[int, int], Path],
     """A rank sends its tokens' k copies in every layer, to its own replica alone; who receives is who holds the chosen experts."""
     data, expert = layout
     for step in steps(runs[layout]).values():
-        traffic_RR = step.tensors["rank_tokens"]
-        assert traffic_RR.shape == (data * expert, data * expert)
-        assert traffic_RR.sum(1).tolist() == [2 * 2 * 4 * 32 // (data * expert)] * (data * expert)
+        traffic_LRR = step.tensors["rank_traffic"]
+        assert traffic_LRR.shape == (2, data * expert, data * expert)
+        assert traffic_LRR.sum(2).tolist() == [[2 * 4 * 32 // (data * expert)] * (data * expert)] * 2
         for shard in range(expert):
             held = step.tensors["expert_tokens"][:, shard * 4 // expert : (shard + 1) * 4 // expert]
-            assert traffic_RR[:, shard::expert].sum() == held.sum()
+            assert traffic_LRR[:, :, shard::expert].sum((1, 2)).tolist() == held.sum(1).tolist()
         if data > 1:
-            assert not traffic_RR[:expert, expert:].any() and not traffic_RR[expert:, :expert].any()
+            assert not traffic_LRR[:, :expert, expert:].any() and not traffic_LRR[:, expert:, :expert].any()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sampled_steps_tell_their_parts_and_bytes(runs: dict[tuple[int, int], Path], layout: tuple[int, int]) -> None:
+    size, waiting = layout[0] * layout[1], PARTS.index("waiting")
+    for step, told in steps(runs[layout]).items():
+        assert ("part_ms" in told.tensors) == (step % HALF == 0)
+        if step % HALF:
+            continue
+        assert told.tensors["part_ms"].shape == (size, len(PARTS), len(PASSES))
+        assert told.tensors["part_ms"].sum((1, 2)) == pytest.approx(told.tensors["phase_ms"].sum(1), rel=0.2), "parts make up the step"
+        assert (told.tensors["part_ms"][:, waiting] > 0).all() == (size > 1)
+        if layout[1] > 1:  # rows cross four times, in float32 of width 32
+            crossing = told.tensors["rank_traffic"].sum() - np.trace(told.tensors["rank_traffic"], axis1=1, axis2=2).sum()
+            assert told.tensors["sent_bytes"].sum() == 4 * 4 * 32 * crossing
 
 
 @pytest.mark.parametrize(("saved", "resumed"), [((1, 2), (1, 1)), ((1, 2), (2, 1)), pytest.param((1, 2), (1, 4), marks=pytest.mark.slow)])

@@ -33,8 +33,8 @@ def start(spec: ExperimentSpec | str, out: Path, *arguments: str, **environment:
     )
 
 
-def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
-    output = process.communicate(timeout=120)[0]
+def finish(process: subprocess.Popen[str], timeout_s: float = 120) -> tuple[int, str]:
+    output = process.communicate(timeout=timeout_s)[0]
     return process.returncode, output
 
 
@@ -98,6 +98,30 @@ def test_a_spec_that_cannot_be_trained_is_refused_field_by_field(tmp_path: Path)
     assert "Traceback" not in output
 
 
+def test_without_a_compiler_there_is_no_compiled_run(tmp_path: Path) -> None:
+    code, output = finish(start(tiny(training={"compile": True}), tmp_path, PATH=str(tmp_path), CXX="no-such-compiler"))
+    assert code == stop.SPEC_REFUSED
+    assert "training.compile: needs a C++ compiler" in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_compiled_it_is_the_same_run_on_one_rank_and_on_two_that_share_the_experts(tmp_path: Path) -> None:
+    training = {"steps": 4, "eval_every": 2, "checkpoint_every": 0}
+    alone = start(tiny(training=training), tmp_path / "eager")
+    compiled = start(tiny(training={**training, "compile": True}), tmp_path / "compiled")
+    spread = tiny(training={**training, "compile": True}, parallel={"expert": 2})
+    ranks = [start(spread, tmp_path / "two", RANK=str(rank), WORLD_SIZE="2", MOELAB_RENDEZVOUS=str(tmp_path / "store")) for rank in (0, 1)]
+    for process in (alone, compiled, *ranks):
+        code, output = finish(process, timeout_s=900)
+        assert code == stop.FINISHED, output
+    eager = steps(tmp_path / "eager")
+    for run, most in (("compiled", 1e-5), ("two", 1e-3)):  # two ranks: the Switch loss is each rank's own
+        for step, one in steps(tmp_path / run).items():
+            assert one.scalars[:2] == pytest.approx(eager[step].scalars[:2], rel=most), f"{run}, step {step}"
+
+
 def test_two_ranks_make_the_run_of_one(tmp_path: Path) -> None:
     # Without a Switch loss, which is a product of means over each rank's tokens, the sum of the gradients is the same.
     balance = [{"kind": "loss_free_bias"}, {"kind": "z_loss"}]
@@ -123,7 +147,7 @@ def test_two_ranks_make_the_run_of_one(tmp_path: Path) -> None:
 
 
 def test_all_ranks_stop_when_one_is_asked(tmp_path: Path) -> None:
-    spec = tiny(training={"steps": 100_000, "eval_every": 0, "checkpoint_every": 0}, parallel={"data": 2})
+    spec = tiny(training={"steps": 100_000, "eval_every": 0, "checkpoint_every": 0}, parallel={"data": 2, "shard": True})
     store = str(tmp_path / "rendezvous")
     ranks = [start(spec, tmp_path, RANK=str(rank), WORLD_SIZE="2", MOELAB_RENDEZVOUS=store) for rank in (0, 1)]
     wait_until(lambda: (tmp_path / "attempts/0/events.spool").exists() and len(steps(tmp_path)) > 3)

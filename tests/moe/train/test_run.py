@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from moe.train import checkpoint
+from moe.train import checkpoint, telemetry
 from moe.train.stop import DISK_FULL, ERROR, OUT_OF_MEMORY, DiskFull, NotFinite, SpecRefused, Stopped, classify
 from spec import events
+from spec.accounting import price
 from tests.moe.train.tiny import HOME, Run, read_events
 
 Start = Callable[..., Run]
@@ -55,7 +57,8 @@ def test_a_run_reports_every_step_whole(run: Start) -> None:
     assert start.total_params == sum(parameter.numel() for parameter in done.learner.parameters)
     assert start.balance_terms == ["switch_aux", "z_loss"]
     router = ["max_vio", "load_cv", "router_entropy", "dead_experts", "dropped_share", "max_logit"]
-    assert names.names == ["loss", "lm_loss", "balance/switch_aux", "balance/z_loss", "grad_norm", "lr", "tokens_per_s", "step_ms", *router]
+    speed = ["tokens_per_s", "step_ms", "tflop_per_s"]
+    assert names.names == ["loss", "lm_loss", "balance/switch_aux", "balance/z_loss", "grad_norm", "lr", *speed, *router]
     assert [event.step for event in told if isinstance(event, events.StepDone)] == list(range(1, 13))
     assert [event.step for event in told if isinstance(event, events.EvalDone)] == [5, 10, 12]
     assert [event.step for event in told if isinstance(event, events.CheckpointSaved)] == [4, 8, 12]
@@ -72,6 +75,7 @@ def test_a_run_reports_every_step_whole(run: Start) -> None:
             "phase_ms": (1, len(start.phases)),
             "balance_loss": (2, 2),
             "router_entropy": (2,),
+            **({"part_ms": (1, 12, 2)} if event.step == 10 else {}),
         }
         assert event.tensors["expert_tokens"].sum(axis=1).tolist() == [128 * 2, 128 * 2]
         assert event.tensors["router_prob"].sum(axis=1) == pytest.approx([1, 1], abs=1e-5)
@@ -99,10 +103,22 @@ def test_the_scalars_follow_from_the_tensors(run: Start) -> None:
         assert scalars["router_entropy"] == pytest.approx(float(event.tensors["router_entropy"].mean()), rel=1e-5)
 
 
+def test_the_utilisation_is_the_priced_flops_over_the_peak(run: Start, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(telemetry, "peak", lambda precision, ranks: 4e12)
+    done = run(training={"steps": 2})
+    done.go()
+    flops = price(done.learner.spec).flops_per_token.training
+    for event in done.steps().values():
+        scalars = dict(zip(names_of(done), event.scalars.tolist(), strict=True))
+        assert scalars["tflop_per_s"] == pytest.approx(flops * scalars["tokens_per_s"] / 1e12, rel=1e-5)
+        assert scalars["mfu"] == pytest.approx(scalars["tflop_per_s"] / 4, rel=1e-5)
+    assert re.search(r"step 1/2 .* tokens/s  \S+ TFLOP/s \(\d+\.\d% MFU\)", capsys.readouterr().out)
+
+
 def test_a_dense_run_leaves_the_router_out(run: Start) -> None:
     done = run(model={"moe": None}, training={"steps": 2})
     done.go()
-    assert names_of(done) == ["loss", "lm_loss", "grad_norm", "lr", "tokens_per_s", "step_ms"]
+    assert names_of(done) == ["loss", "lm_loss", "grad_norm", "lr", "tokens_per_s", "step_ms", "tflop_per_s"]
     assert {name for event in done.steps().values() for name in event.tensors} == {"phase_ms"}
     assert [event.max_vio_global for event in done.events if isinstance(event, events.EvalDone)] == [None]
 
@@ -151,6 +167,14 @@ def test_bfloat16_follows_float32(run: Start, tmp_path: Path) -> None:
     assert list(losses(half).values()) == pytest.approx(list(losses(exact).values()), rel=0.02)
     assert losses(half) != losses(exact)
     assert all(parameter.dtype == torch.float32 for parameter in half.learner.parameters)
+
+
+def test_tf32_is_float32_where_there_are_no_tensor_cores(run: Start, tmp_path: Path) -> None:
+    exact, rounded = run(out=tmp_path / "f32", training={"steps": 3}), run(out=tmp_path / "tf32", training={"steps": 3, "precision": "tf32"})
+    exact.go()
+    rounded.go()
+    assert losses(rounded) == losses(exact)
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_a_run_on_fixed_text_has_the_losses_it_always_had(run: Start, tmp_path: Path) -> None:

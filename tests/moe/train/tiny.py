@@ -44,24 +44,24 @@ def tiny(**changes: dict[str, Any]) -> ExperimentSpec:
 class Run:
     """A training in this process, with what it left behind."""
 
-    def __init__(self, spec: ExperimentSpec, out: Path, attempt: int = 0) -> None:
+    def __init__(self, spec: ExperimentSpec, out: Path, attempt: int = 0, ranks: Ranks | None = None) -> None:
         torch.set_num_threads(1)
         self.requests = Requests()
         self.out, self.attempt = out, attempt
         by_document = spec.data.packing == "documents"
         batches = Batches(corpus.load(spec.data, HOME), spec.data.seq_len, spec.training.batch_size, spec.seed, by_document=by_document)
-        self.learner = Learner(spec, batches, Ranks(0, 1, torch.device("cpu")))
+        self.learner = Learner(spec, batches, ranks or Ranks(0, 1, torch.device("cpu")))
         self.training = Training(spec, self.learner, out, attempt, self.requests)
 
     def go(self, before_step: Callable[[int], None] = lambda step: None) -> Position:
         """Resumes and trains; `before_step` is called with the number of each step that is about to be made."""
-        train_step = self.learner.train_step
+        make_step = self.learner.make_step
 
         def step_after_hook(step: int, wishes: Callable[[], tuple[bool, bool]]) -> object:
             before_step(step)
-            return train_step(step, wishes)
+            return make_step(step, wishes)
 
-        self.learner.train_step = step_after_hook  # type: ignore[method-assign, assignment]
+        self.learner.make_step = step_after_hook  # type: ignore[method-assign, assignment]
         try:
             self.training.resume()
             self.training.begin(HOME)

@@ -1,0 +1,24 @@
+"""Whether torch.compile can do its work on this machine."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+
+from moe.train.stop import SpecRefused
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raises SpecRefused where what the compiler writes for `device` could not be built."""
+    if device.type == "cuda":
+        if find_spec("triton") is None:
+            raise SpecRefused("training.compile", "needs Triton, which is not installed beside this worker's torch")
+        return
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise SpecRefused("training.compile", "needs a C++ compiler (g++ or clang++) on the worker, which has none") from error
