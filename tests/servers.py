@@ -1,4 +1,4 @@
-"""The addresses of this test run's servers, in the environment before anything reads the settings.
+"""The addresses of this test run's servers and what else must be in the environment before anything reads it.
 
 A pytest plugin (`-p tests.servers` in pyproject.toml), because pytest-django reads the settings before any conftest.py.
 """
@@ -21,3 +21,4 @@ os.environ["DATABASE_URL"] = POSTGRES.url
 os.environ["REDIS_URL"] = VALKEY.url
 os.environ["MOELAB_SECRET_KEY"] = "only-for-tests-" + "x" * 32
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, which any test may be the first to do

@@ -1,12 +1,9 @@
-"""Triton's interpreter: it must be chosen before triton is imported. Memory that a kernel may not read holds NaN."""
+"""Memory that a kernel may not read holds NaN."""
 
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
-
-os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture
