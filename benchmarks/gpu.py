@@ -162,12 +162,15 @@ def determinism(device: str = "cuda") -> tuple[dict[str, int], list[str]]:
 
 
 def training() -> dict[str, Any]:
-    """A whole training step against transformers (benchmarks.train_gpu), where its packages are installed."""
+    """A whole training step against transformers (benchmarks.train_gpu), where its packages are installed; what it raises takes nothing else away."""
     try:
         from benchmarks import train_gpu
+
+        return train_gpu.benchmark()
     except ImportError as error:
         return {"skipped": str(error)}
-    return train_gpu.benchmark()
+    except Exception as error:  # what was measured before is worth keeping
+        return {"error": f"{type(error).__name__}: {error}"[:500]}
 
 
 def versions() -> dict[str, Any]:
@@ -202,13 +205,14 @@ def check() -> int:
     equal, uneven = determinism()
     graph, torn = gpu_routing.replay()
     measured = benchmark(budget_s=BENCHMARK_S)
-    failures = wrong + misrouted + uneven + torn + broken(measured)
+    whole_step = training()
+    failures = wrong + misrouted + uneven + torn + broken(measured) + [f"training step: {whole_step['error']}"] * ("error" in whole_step)
     for line in failures:
         print(line, file=sys.stderr)
     date = time.strftime("%Y-%m-%d", time.gmtime())
     figures: dict[str, Any] = {"date": date, "versions": versions(), "failures": failures, "errors": errors | routed, "graph": graph}
     figures |= {"repeats": REPEATS, "equal_repeats": equal}
-    figures |= {"benchmark": measured, "training": training(), "seconds": round(time.monotonic() - started, 1)}
+    figures |= {"benchmark": measured, "training": whole_step, "seconds": round(time.monotonic() - started, 1)}
     RESULTS.mkdir(exist_ok=True)
     device = re.sub(r"\W+", "-", torch.cuda.get_device_name()).strip("-").lower()
     (RESULTS / f"gpu-{date}-{device}.json").write_text(json.dumps(figures, indent=1) + "\n")

@@ -87,7 +87,7 @@ def _take_back() -> list[int]:
                 leave(
                     run,
                     by="reconciler",
-                    counts=True,
+                    counts=run.attempt_token_sha256s[-1:] != [""],  # a part that nobody has taken yet says nothing against the run
                     reason="worker_lost",
                     detail=f"attempt {run.attempt} on {who} was not heard from for its whole lease",
                 )

@@ -76,10 +76,13 @@ def _keep_experts(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
     *tensors, ctx.activation = inputs
     ctx.save_for_backward(*tensors, output[1])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # or H would get a gradient of zeros, as large as itself
 
 
-def _gradients_of_experts(ctx: Any, dy_TD: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradients_of_experts(ctx: Any, dy_TD: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors  # once: where activations are recomputed, this does it
+    if dy_TD is None:
+        return (None,) * 7
     *gradients, db_in_EH = _experts_backward(dy_TD, *saved, ctx.activation)
     return *gradients, db_in_EH if saved[4] is not None else None, None, None
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from kernels.grouped_gemm_triton import Tiles
 
 HAS_TRITON = find_spec("triton") is not None  # asked once: a compiled layer must not look for modules
-WANTED = os.environ.get("MOELAB_EXPERTS")
+WANTED = os.environ.get("MOELAB_EXPERTS") or None
 """What runs the experts on a CUDA device, whatever would be chosen: "triton", "grouped_mm" or "naive"."""
 
 

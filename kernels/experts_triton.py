@@ -148,12 +148,15 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     *tensors, ctx.activation, _n_rows, _keep = inputs
     ctx.save_for_backward(*tensors, output[1])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # or H would get a gradient of zeros, as large as itself
 
 
-def _backward(ctx: Any, dy_TD: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    *_, b_in_EH, _h_RH = ctx.saved_tensors
-    dx, dw_in, dw_out, dgate, db_in = _expert_ffn_backward(dy_TD, *ctx.saved_tensors, ctx.activation)
-    return dx, dw_in, dw_out, None, dgate, None if b_in_EH is None else db_in, None, None, None
+def _backward(ctx: Any, dy_TD: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors  # a checkpoint lets them be taken once
+    if dy_TD is None:
+        return (None,) * 9
+    dx, dw_in, dw_out, dgate, db_in = _expert_ffn_backward(dy_TD, *saved, ctx.activation)
+    return dx, dw_in, dw_out, None, dgate, None if saved[5] is None else db_in, None, None, None
 
 
 _expert_ffn.register_autograd(_backward, setup_context=_keep)

@@ -141,7 +141,10 @@ def load(run_dir: Path, spec: ExperimentSpec, step: int | None) -> tuple[int, Tr
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise stop.SpecRefused("model", f"the checkpoint is of another model: {str(error).splitlines()[-1].strip()}") from error
-    return wanted[0], model.eval().to(torch.device(os.environ.get("MOELAB_DEVICE", "cpu")))
+    device = torch.device(os.environ.get("MOELAB_DEVICE", "cpu"))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # Triton launches on the current device
+    return wanted[0], model.eval().to(device)
 
 
 def _vocabulary(spec: ExperimentSpec, run_dir: Path) -> Vocabulary:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
@@ -41,14 +42,14 @@ class Mesh:
     overlap: bool = True
 
     @classmethod
-    def of(cls, data: int, expert: int, *, overlap: bool = True) -> Mesh:
-        """Collective: every rank of the default group, whose size is data * expert, calls it at the same point."""
+    def of(cls, data: int, expert: int, *, overlap: bool = True, timeout: timedelta | None = None) -> Mesh:
+        """Collective: every rank of the default group, whose size is data * expert, calls it at the same point. `timeout`: of collectives."""
         rank = dist.get_rank()
         if dist.get_world_size() != data * expert:
             raise ValueError(f"{dist.get_world_size()} ranks are not data {data} x expert {expert}")
         rows = [list(range(replica * expert, (replica + 1) * expert)) for replica in range(data)]
-        shards, _ = dist.new_subgroups_by_enumeration(rows)
-        replicas, _ = dist.new_subgroups_by_enumeration([list(column) for column in zip(*rows, strict=True)])
+        shards, _ = dist.new_subgroups_by_enumeration(rows, timeout=timeout)
+        replicas, _ = dist.new_subgroups_by_enumeration([list(column) for column in zip(*rows, strict=True)], timeout=timeout)
         return cls(data, expert, rank, shards, replicas, overlap)
 
     @property
@@ -209,7 +210,7 @@ def expert_ffn(
     arriving_MD = _depart(x_TD[slot_N // top_k], out, meet=False)
     ran = beside() if beside is not None and mesh.overlap else None
     rows_MD = _arrive(arriving_MD, out)
-    own_M = torch.arange(held, device=x_TD.device).repeat(mesh.expert).repeat_interleave(arriving_E)
+    own_M = torch.arange(held, device=x_TD.device).repeat(mesh.expert).repeat_interleave(arriving_E, output_size=sum(received))
     made_MD = ffn(rows_MD, own_M[:, None], torch.ones(len(own_M), 1, dtype=gate_TK.dtype, device=x_TD.device))
     back = _Trip(received, sent, mesh, laps, "experts", "combine")
     back_ND = _arrive(_depart(made_MD, back, meet=True), back)

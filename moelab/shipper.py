@@ -175,18 +175,18 @@ class Shipper:
 
     async def _send(self, socket: ClientConnection) -> None:
         """Whole older attempts first; then the log in pieces and the own records, as they come."""
+        said = 0
         for box in self._boxes[:-1]:
             while not box.sent:
+                said = await self._tell(socket, said)  # other hosts wait for it
                 if payloads := box.next_payloads():
                     await socket.send(frame(box.attempt, payloads))
                 else:
                     await asyncio.sleep(POLL_S)
-        idle_s, polls, said, whole_log = 0.0, 0, 0, False
+        idle_s, polls, whole_log = 0.0, 0, False
         while not self.done:
             polls += 1
-            while said < len(self._said):
-                await socket.send(self._said[said])
-                said += 1
+            said = await self._tell(socket, said)
             if polls % LOG_EVERY_POLLS == 0 or self._last_seq is not None:
                 whole_log = await self._send_log(socket)
                 if whole_log and self._last_word:
@@ -201,6 +201,13 @@ class Shipper:
                 wait_s = POLL_S if idle_s < 5 else 2 * POLL_S
                 idle_s += wait_s
                 await asyncio.sleep(wait_s)
+
+    async def _tell(self, socket: ClientConnection, said: int) -> int:
+        """Sends what is to be said beside the records, from the `said`-th on; how much that was in all."""
+        for message in self._said[said:]:
+            await socket.send(message)
+            said += 1
+        return said
 
     async def _send_log(self, socket: ClientConnection) -> bool:
         """Sends the next piece of the log, unless much is unacknowledged. True if nothing more is to be sent now."""

@@ -34,7 +34,7 @@ class Company:
         return True
 
     async def meet(self, shipper: Shipper, wanted: Callable[[], bool]) -> Meeting | None:
-        """Where the ranks of all hosts meet: node 0 says so, the others wait while it is `wanted`. Raises OSError."""
+        """Where the ranks of all hosts meet: node 0 says so, the others wait while it is `wanted`. Raises NoMeeting."""
         if self._claim.node == 0:
             meeting = Meeting.called(self._claim.nodes)
             shipper.say({"type": "rendezvous", "at": meeting.place})

@@ -19,10 +19,10 @@ _ELSEWHERE = ("192.0.2.1", 9)  # an address for documentation: nothing is sent t
 
 
 def own_address() -> str:
-    """MOELAB_ADDRESS; else the address from which this host reaches the server or, where that is loopback, other networks."""
+    """MOELAB_ADDRESS, a name resolved; else the address from which this host reaches the server or, where that is loopback, other networks."""
     given = os.environ.get("MOELAB_ADDRESS")
     if given:
-        return given
+        return str(socket.getaddrinfo(given, None)[0][4][0])
     server = urlsplit(find_server().server)
     towards_server = _source((server.hostname or "127.0.0.1", server.port or 80))
     loopback = towards_server is None or towards_server.startswith("127.") or towards_server == "::1"
@@ -48,6 +48,10 @@ def interface_of(address: str) -> str | None:
     return None
 
 
+class NoMeeting(Exception):  # noqa: N818 - says what there is not
+    """This host cannot be where ranks meet; another may be."""
+
+
 @dataclass(frozen=True)
 class Meeting:
     """Where the ranks of `nodes` hosts meet: `place` is `address:port`, and node 0 holds the `listener` there."""
@@ -58,18 +62,22 @@ class Meeting:
 
     @classmethod
     def called(cls, nodes: int) -> Meeting:
-        """One at this host's own address, at MOELAB_RENDEZVOUS_PORT if that is set. Raises OSError."""
-        address = own_address()
-        listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+        """One at this host's own address, at MOELAB_RENDEZVOUS_PORT if that is set. Raises NoMeeting."""
+        port = os.environ.get("MOELAB_RENDEZVOUS_PORT", "0")
+        listener = None
         try:
+            address = own_address()
+            listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind((address, int(os.environ.get("MOELAB_RENDEZVOUS_PORT", "0"))))
+            listener.bind((address, int(port)))
             listener.listen(4096)
-        except OSError:
-            listener.close()
-            raise
-        port = listener.getsockname()[1]
-        return cls(nodes, f"[{address}]:{port}" if ":" in address else f"{address}:{port}", listener)
+        except (OSError, ValueError, OverflowError) as error:
+            if listener is not None:
+                listener.close()
+            given = os.environ.get("MOELAB_ADDRESS", "")
+            raise NoMeeting(f"ranks of other hosts cannot come here (MOELAB_ADDRESS {given!r}, MOELAB_RENDEZVOUS_PORT {port!r}): {error}") from error
+        bound = listener.getsockname()[1]
+        return cls(nodes, f"[{address}]:{bound}" if ":" in address else f"{address}:{bound}", listener)
 
     @property
     def fds(self) -> list[int]:

@@ -30,6 +30,7 @@ from workers.company import Company
 from workers.detach import detach
 from workers.host import AttemptLock, Holder, LockedError, end_attempt, identity, put_aside
 from workers.linux import become_subreaper, oom_kills
+from workers.meeting import NoMeeting
 from workers.progress import Progress
 from workers.ranks import Ranks
 from workers.runlog import RunLog
@@ -95,6 +96,8 @@ class Supervisor:
         """Runs the ranks to their end; None if the attempt was fenced meanwhile."""
         try:
             await self._begin(shipping)
+        except NoMeeting as error:
+            return Verdict("failed", "no_meeting", str(error))
         except OSError as error:
             self._ranks.kill()
             return Verdict("failed", "disk_full" if error.errno == 28 else "error", f"the ranks could not be started: {error}")

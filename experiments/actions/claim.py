@@ -70,8 +70,9 @@ def _next(runs: QuerySet[Run], worker: Worker, free_slots: int, free_devices: Se
     cuda = [device for device in dict.fromkeys(free_devices) if device.startswith("cuda:") and device not in taken]
     cpu = next((device for device in free_devices if device.startswith("cpu")), None)
     n_cuda = n_cuda_of(worker)
+    alive = Worker.objects.filter(last_seen__gt=after_now(-WORKER_SILENT_S)).count()
     run = (
-        runs.filter(state=State.QUEUED, recorded=False)
+        runs.filter(state=State.QUEUED, recorded=False, node_count__lte=max(1, alive))
         .annotate(begins_with=Coalesce(Cast(KT("spec__start__run"), BigIntegerField()), 0), share=F("world_size") / F("node_count"))
         .filter(_fits(len(cuda), n_cuda, cpu is not None))
         .exclude(_waits_for_another_host(worker))

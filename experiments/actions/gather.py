@@ -45,8 +45,10 @@ def places_of(worker: Worker) -> int:
 
 def join(run: Run, worker: Worker, devices: Sequence[str], books: Books) -> None:
     """Keeps a place in `run`, which the caller has locked, unless its other hosts cannot be had; the last one grants the run to all."""
-    Node.objects.filter(run=run, attempt=0, lease_until__lt=Now()).delete()
-    kept = list(Node.objects.select_for_update(of=("self",)).filter(run=run, attempt=0).select_related("worker").order_by("pk"))
+    places = Node.objects.filter(run=run, attempt=0)
+    over = places.select_for_update(skip_locked=True, of=("self",)).filter(lease_until__lt=Now())  # one that is locked its own worker gives up
+    Node.objects.filter(pk__in=[node.pk for node in over]).delete()
+    kept = list(places.select_for_update(of=("self",)).filter(lease_until__gte=Now()).select_related("worker").order_by("pk"))
     kind = _kind(devices)
     if any(node.worker_id == worker.pk or _kind(node.devices) != kind for node in kept):
         return

@@ -6,6 +6,7 @@ from datetime import datetime
 from typing import Any
 
 from django.conf import settings
+from django.db.models import prefetch_related_objects
 from pydantic import BaseModel, ConfigDict, Field
 
 from experiments.models import Checkpoint, Run, State, Token, Transition
@@ -113,7 +114,8 @@ def run_json(run: Run, *, spec: bool = False, sparkline: list[float] | None = No
 
 
 def _nodes(run: Run) -> list[NodeResource]:
-    rows = run.nodes.filter(attempt=run.attempt).select_related("worker").order_by("rank")
+    prefetch_related_objects([run], "nodes__worker")  # unless that was done for a whole list
+    rows = sorted((node for node in run.nodes.all() if node.attempt == run.attempt), key=lambda node: node.rank)
     same = ("rank", "devices", "outcome", "reason", "detail")
     return [NodeResource(worker=row.worker.name, host=row.worker.host, **{name: getattr(row, name) for name in same}) for row in rows]
 

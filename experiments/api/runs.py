@@ -57,7 +57,7 @@ class Runs(MakesRuns):
     def get(self, request: Request) -> Response:
         """Runs, newest first, page by page."""
         query = self.query(RunsQuery)
-        page = list(query.apply(access.visible_runs(self.principal).select_related(*_WITH))[: query.limit + 1])
+        page = list(query.apply(access.visible_runs(self.principal).select_related(*_WITH).prefetch_related("nodes__worker"))[: query.limit + 1])
         more, page = len(page) > query.limit, page[: query.limit]
         lines = sparklines([run.pk for run in page])
         shown = [run_json(run, sparkline=lines.get(run.pk, [])) for run in page]

@@ -47,7 +47,8 @@ def listing(request: HttpRequest, principal: Principal) -> HttpResponse:
     context["filtered"] = any(request.GET.get(name) for name in ("q", "state", "tag", "metric", "starred", "archived", "project"))
     try:
         query = _query(request.GET)
-        found = list(query.apply(visible_runs(principal)).select_related("project", "owner", "worker")[: query.limit + 1])
+        related = query.apply(visible_runs(principal)).select_related("project", "owner", "worker").prefetch_related("nodes__worker")
+        found = list(related[: query.limit + 1])
     except ValidationError as error:
         context["error"] = "; ".join(f"{item['loc'][0]} {item['msg'].removeprefix('Value error, ')}" for item in error.errors())
         return render(request, "pages/runs.html", context, status=400 if not request.headers.get("HX-Request") else 200)

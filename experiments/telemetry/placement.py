@@ -72,6 +72,8 @@ def loads(run: Run, first: int | None, last: int | None) -> Loads | None:
     facts = Facts.of(run)
     high = facts.last if last is None else min(last, facts.last)
     low = max(high - WINDOW_STEPS + 1, 1) if first is None else first
+    if first is not None and last is not None and first > last:
+        raise PlacementError(f"from {first} is after to {last}")
     try:
         at = read.zoom(facts, low, high, read.MAX_POINTS, 1)
     except read.RangeError as error:

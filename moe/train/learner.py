@@ -134,6 +134,8 @@ class Learner:
         sampled = self.spec.telemetry.sampled(step) and not self.model.is_compiled  # a clock would break the graphs
         self._clock = PhaseClock(telemetry.PHASES, self.ranks.device, Laps(self.ranks.device) if sampled else None)
         lm_loss, balance_loss, stats, mtp_loss = self._forward_backward(step)
+        if self._clock.laps is not None:
+            self._clock.laps.mark("other")  # gradients are joined for their reduction
         sharded.average_gradients(self.optimizer.parameters, self.ranks.size, self.ranks.mesh, self._clock.laps)
         self._clock.mark("reduce")
         grad_norm = self.optimizer.clip(self.spec.optimizer.grad_clip)

@@ -85,11 +85,11 @@ def join(parallel: Parallel) -> Ranks:
     device = _device(parallel)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    timeout = timedelta(seconds=float(os.environ.get("MOELAB_COLLECTIVE_TIMEOUT_S", "300")))
     if size > 1:
-        timeout = timedelta(seconds=float(os.environ.get("MOELAB_COLLECTIVE_TIMEOUT_S", "300")))
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=_store(rank, size, timeout), rank=rank, world_size=size, timeout=timeout)
-    mesh = Mesh.of(parallel.data, parallel.expert, overlap=parallel.overlap) if parallel.expert > 1 else None
+    mesh = Mesh.of(parallel.data, parallel.expert, overlap=parallel.overlap, timeout=timeout) if parallel.expert > 1 else None
     return Ranks(rank, size, device, mesh, shard=parallel.shard and size > 1)
 
 

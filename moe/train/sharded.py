@@ -37,9 +37,10 @@ def shard(model: Transformer, size: int, device: torch.device) -> None:
     # It warns of outputs that are views, which nobody may change in place: nobody does.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     mesh = init_device_mesh(device.type, (size,))
-    experts = {parameter for name, parameter in model.named_parameters() if is_sharded(name)}
+    # A single number (the temperature of cosine scores) has nothing to cut: every rank has it, as without shards.
+    whole = {parameter for name, parameter in model.named_parameters() if is_sharded(name) or not parameter.dim()}
     for module in [*model.blocks, *(ahead.block for ahead in model.mtp), model]:
-        fully_shard(module, mesh=mesh, ignored_params=experts)
+        fully_shard(module, mesh=mesh, ignored_params=whole)
 
 
 def reduce_in_backward(model: Transformer, *, wanted: bool) -> None:
@@ -74,7 +75,7 @@ def _whole(name: str, tensor: Tensor, mesh: Mesh | None) -> Tensor:
     tensor = tensor.detach().contiguous()
     parts = [torch.empty_like(tensor) for _ in range(mesh.expert)] if mesh.rank == 0 else None
     dist.gather(tensor, parts, dst=0, group=mesh.shards)
-    return tensor if parts is None else torch.cat(parts)
+    return tensor if parts is None else torch.cat([part.cpu() for part in parts])
 
 
 def own(tensors: Mapping[str, Tensor], held: Mapping[str, Tensor], mesh: Mesh | None) -> dict[str, Tensor]:

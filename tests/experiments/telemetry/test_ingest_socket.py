@@ -176,6 +176,9 @@ async def test_the_database_restarts(run: Run, postgres: Postgres) -> None:
                 assert (await until(it, "close"))["code"] == 1013
             finally:
                 postgres.start()
+        async with asyncio.timeout(60):  # the pool of connections looks at ever longer intervals whether the database is back
+            while not await accepted(path(run), RUN_TOKEN):
+                await asyncio.sleep(0.5)
         async with socket(path(run), RUN_TOKEN) as it:
             stored = (await said(it))["acked"]["1"]
             assert stored in (3, 4), "what was being written when the socket closed may be stored once the database is back"
