@@ -32,6 +32,9 @@ CASES: dict[str, dict[str, Any]] = {
         "training": {"activation_recompute": True, "grad_accumulation": 2},
     },
     "predicting ahead": {"model": {"moe": MOE | {"balance": BALANCE}, "mtp_depth": 1}},
+    "cosine scores, whose temperature is one number": {
+        "model": {"moe": {**MOE, "router": {"kind": "softmax_topk", "scorer": "cosine", "scorer_dim": 16}, "balance": [{"kind": "z_loss"}]}}
+    },
     "only the MoE layers": {"model": {"moe": MOE | {"balance": BALANCE}}, "training": {"train": "only_moe"}},
 }
 
