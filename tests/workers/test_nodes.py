@@ -13,7 +13,7 @@ from spec import events
 from tests.workers.conftest import Host
 from workers import host
 from workers.launch import launch
-from workers.meeting import Meeting, interface_of, own_address
+from workers.meeting import Meeting, NoMeeting, interface_of, own_address
 
 
 @pytest.fixture(autouse=True)
@@ -134,3 +134,13 @@ def test_the_address_is_given_or_the_one_by_which_the_server_is_reached(monkeypa
     meeting = Meeting.called(2)
     assert meeting.place.startswith("127.0.0.3:") and meeting.fds
     meeting.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("MOELAB_ADDRESS", "192.0.2.7"), ("MOELAB_RENDEZVOUS_PORT", "many"), ("MOELAB_RENDEZVOUS_PORT", "70000")]
+)
+def test_a_host_that_cannot_be_met_says_what_it_was_told(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv("MOELAB_ADDRESS", "127.0.0.1")
+    monkeypatch.setenv(name, value)
+    with pytest.raises(NoMeeting, match=rf"{name} '{value}'"):
+        Meeting.called(2)
