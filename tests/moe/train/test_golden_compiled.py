@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from tests.moe.train.test_golden import AMPLIFIED, GOLDEN, NANO, STEPS, STEPS_AGAIN, TOLERANCE, learner, losses
 
 IN_PIECES = ("nano-base",)  # its auction goes on until the prices have settled: the compiler leaves such loops to Python
+NO_COMPILER = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="machine code wants a C++ compiler (g++ or clang++)")
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +34,7 @@ def test_a_compiled_preset_has_its_losses_and_the_same_when_activations_are_reco
     assert compiled(name, "aot_eager", STEPS_AGAIN, recompute=True) == plain[:STEPS_AGAIN]
 
 
+@NO_COMPILER
 @pytest.mark.parametrize("name", ["nano-mixtral", *(pytest.param(name, marks=pytest.mark.slow) for name in NANO if name != "nano-mixtral")])
 def test_compiled_to_machine_code_it_has_them_too(name: str) -> None:
     """It rounds otherwise than torch's kernels: where that has changed a token's expert, later losses differ by a hundredth."""

@@ -18,11 +18,15 @@ from spec import events
 from spec.experiment import ExperimentSpec
 from spec.methods import Method, methods
 from tests.moe.train.test_golden import text
+from tests.moe.train.test_golden_compiled import NO_COMPILER
 from tests.moe.train.tiny import read_events
 
 # Ranks and starting points need processes and files: their own tests have them.
-ELSEWHERE = {"data_parallel", "expert_parallel", "fine_tune", "huggingface", "upcycle_copy", "upcycle_granular"}
-HERE = [pytest.param(entry, id=entry.key) for entry in methods() if not entry.priced_only and entry.key not in ELSEWHERE]
+ELSEWHERE = {"data_parallel", "expert_parallel", "sharded", "fine_tune", "huggingface", "upcycle_copy", "upcycle_granular"}
+MARKS = {"compile": NO_COMPILER}
+HERE = [
+    pytest.param(entry, id=entry.key, marks=MARKS.get(entry.key, ())) for entry in methods() if not entry.priced_only and entry.key not in ELSEWHERE
+]
 METRIC = re.compile(r"\b(?:(?:router|balance)/\w+|mtp_loss|dropped_share|grad_norm)\b")
 
 
