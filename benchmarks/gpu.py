@@ -80,6 +80,7 @@ def operations(device: str, dtype: torch.dtype, kind: str, shape: tuple[int, int
     from kernels.blocks import Blocks
     from kernels.combine_triton import combine
     from kernels.grouped_gemm_triton import grouped_gemm, make_tiles
+    from kernels.tf32_triton import rounded
 
     n_tokens, top_k, n_experts, width, expert_width = shape
     expert_TK = choose(kind, n_tokens, top_k, n_experts, device)
@@ -98,7 +99,7 @@ def operations(device: str, dtype: torch.dtype, kind: str, shape: tuple[int, int
     for name, a, w, gather, activation in products:
         ref = grouped_gemm_naive.grouped_gemm(a.double(), w.double(), tiles.token_R, end_E, gather=gather, activation=activation)[:kept]
         for way in ways:
-            got = grouped_gemm(a, w, tiles, gather=gather, activation=activation, precision=way)[:kept]
+            got = grouped_gemm(rounded(a, way) if gather else a, w, tiles, gather=gather, activation=activation, precision=way)[:kept]
             yield name + suffix[way], error(got, ref), most[way]
     y_RD = torch.randn(n_tokens * top_k, width, device=device).to(dtype)
     y_RD[kept:] = float("nan")

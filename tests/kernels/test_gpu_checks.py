@@ -31,7 +31,7 @@ def test_the_kernels_pass(monkeypatch):
     assert {"up tf32 float32", "up swiglu tf32x3 float32", "down tf32x3 float32", "combine float32", "expert_ffn swiglu dw_in tf32x3 float32"} <= set(
         errors
     )
-    assert all(error < 1e-5 for error in errors.values())
+    assert all(error < (1e-3 if " tf32 " in name else 1e-5) for name, error in errors.items())
 
 
 def test_a_wrong_kernel_fails(monkeypatch):
