@@ -81,9 +81,8 @@ def _expert_ffn(
     blocks, precision = _layer_blocks(x_TD, w_out, n_rows, activation), _precision(x_TD.dtype)
     tiles = _tiles(expert_TK, len(w_in), n_rows, blocks.up.rows)
     h_RH = x_TD.new_empty(n_rows if keep else 0, w_in.shape[1])
-    act_RF = grouped_gemm(
-        rounded(x_TD, precision), w_in, tiles, gather=True, activation=activation, bias_EB=b_in_EH, kept=h_RH if keep else None, blocks=blocks.up, precision=precision
-    )  # fmt: skip
+    given: dict[str, Any] = {"bias_EB": b_in_EH, "kept": h_RH if keep else None, "blocks": blocks.up, "precision": precision}
+    act_RF = grouped_gemm(rounded(x_TD, precision), w_in, tiles, gather=True, activation=activation, **given)
     y_RD = grouped_gemm(act_RF, w_out, tiles, gather=False, blocks=blocks.down, precision=precision)
     return combine(y_RD, tiles.row_TK, gate_TK, tiles.end_E[-1:]), h_RH
 

@@ -158,9 +158,9 @@ def grouped_gemm(
 
     `a` is [T, A] with `gather`, else [R, A] in sorted order; `w_EBA` has any strides. With an `activation` (as in `kernels.activation`),
     it is applied; w is [E, 2B, A] for the gated ones, gate rows first, and `kept`, [R, rows of w], takes what it was applied to.
-    `bias_EB` [E, rows of w] is added before. Products accumulate in float32; `precision` is that of float32 inputs: "tf32", or "tf32x3" (three
-    products of parts, to about float32's own); for "tf32" gathered rows must have been rounded to it. `tiles` must have been cut with blocks.rows (`Blocks().rows` without `blocks`). The twin is
-    `grouped_gemm_naive.grouped_gemm`.
+    `bias_EB` [E, rows of w] is added before. Products accumulate in float32; `precision` is that of float32 inputs: "tf32x3" (three products of
+    parts, to about float32's own), or "tf32", for which gathered rows must have been `rounded` already. `tiles` must have been cut with blocks.rows
+    (`Blocks().rows` without `blocks`). The twin is `grouped_gemm_naive.grouped_gemm`.
     """
     gated = activation in GATED
     n_experts, n_outer, n_inner = w_EBA.shape
