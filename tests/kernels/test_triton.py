@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -62,7 +63,11 @@ def test_grouped_gemm_equals_its_twin(kind, shape, gather, activation):
         a[kept:] = float("nan")
     w = torch.randn(n_experts, 2 * n_outer if activation in GATED else n_outer, n_inner)
     bias = torch.randn(w.shape[:2]) if activation in GATED else None
-    got = grouped_gemm(a, w, tiles, gather=gather, activation=activation, bias_EB=bias, blocks=SMALL)
+    got, looped = (
+        grouped_gemm(a, w, tiles, gather=gather, activation=activation, bias_EB=bias, blocks=replace(SMALL, persistent=persistent))
+        for persistent in (False, True)
+    )
+    assert torch.equal(got[:kept], looped[:kept]) and looped[kept:].isnan().all()
     wanted = grouped_gemm_naive.grouped_gemm(a, w, tiles.token_R, tiles.end_E.tolist(), gather=gather, activation=activation, bias_EB=bias)
     torch.testing.assert_close(got[:kept], wanted[:kept], rtol=1e-4, atol=1e-4)
     assert got[kept:].isnan().all()  # nothing was written there
