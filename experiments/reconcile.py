@@ -84,13 +84,8 @@ def _take_back() -> list[int]:
             if run.recorded:
                 transition(run, State.CANCELLED, by="reconciler", reason="cancelled", detail=f"{who} did not answer")
             else:
-                leave(
-                    run,
-                    by="reconciler",
-                    counts=run.attempt_token_sha256s[-1:] != [""],  # a part that nobody has taken yet says nothing against the run
-                    reason="worker_lost",
-                    detail=f"attempt {run.attempt} on {who} was not heard from for its whole lease",
-                )
+                detail = f"attempt {run.attempt} on {who} was not heard from for its whole lease"
+                leave(run, by="reconciler", counts=True, reason="worker_lost", detail=detail)
         except StateConflict as conflict:
             logger.warning("%s", conflict)
             continue

@@ -13,7 +13,7 @@ class Node(models.Model):
     """A place kept while a run gathers its hosts (attempt 0), then node `rank` of an attempt. Both hold the worker's `devices`.
 
     `lease_until` ends the place, or is the node's lease; node 0's is the run's own. `token_sha256` is empty until the worker has taken its
-    part. `rendezvous`, node 0's, is where the ranks meet. `outcome`, with reason and detail, is set once the node has left the attempt.
+    part. `rendezvous`, node 0's, is where the ranks meet. `outcome`, with reason, detail and the time, is set once the node has left the attempt.
     """
 
     run = models.ForeignKey(Run, models.CASCADE, related_name="nodes")
@@ -28,6 +28,7 @@ class Node(models.Model):
     outcome = models.CharField(max_length=16, default="", blank=True)
     reason = models.CharField(max_length=64, default="", blank=True)
     detail = models.TextField(default="", blank=True)
+    left_at = models.DateTimeField(null=True)
 
     class Meta:
         constraints = [

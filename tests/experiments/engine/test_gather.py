@@ -8,18 +8,25 @@ from concurrent.futures import Future
 from typing import Any
 
 import pytest
+from django.contrib.auth.models import User
 from django.db import connection
+from django.test.utils import CaptureQueriesContext
 from rest_framework.test import APIClient
 
 from experiments import doorbell
-from experiments.actions.attempt import authenticate_ingest, renew_lease
+from experiments.access import Principal, projects_of_workers, visible_runs
+from experiments.actions import gather
+from experiments.actions.attempt import MAX_ATTEMPTS_NOT_TAKEN, authenticate_ingest, end_attempt, renew_lease, start_attempt
 from experiments.actions.cancel import cancel
 from experiments.actions.claim import Claim, claim
 from experiments.actions.gather import GATHER_S, PATIENCE_S
-from experiments.actions.node import announce, hosts_of, leave_node, renew_node
+from experiments.actions.node import Hosts, announce, hosts_of, leave_node, renew_node
 from experiments.actions.now import after_now
-from experiments.models import Node, Presence, Run, State, Transition, Worker
+from experiments.actions.resume import resume
+from experiments.actions.token import issue
+from experiments.models import Node, Presence, Project, Role, Run, State, Token, Transition, Worker
 from experiments.reconcile import reconcile_once
+from spec.events import RunEnded, RunStarted
 from tests.experiments.engine import people
 from tests.experiments.engine.conftest import Speak
 
@@ -232,6 +239,173 @@ class TestTheCheckpointsHost:
         assert ask(there).node == 0  # type: ignore[union-attr]
 
 
+@pytest.mark.django_db
+class TestWhoMayBeAHost:
+    """Ada's pair is in the default project; `one` may take it. What the other worker's token may see decides."""
+
+    @staticmethod
+    def token(user: User, scopes: list[str] | None = None, **fields: Any) -> Token:
+        return issue(user=user, name="other", scopes=scopes or ["worker"], **fields).token
+
+    def stays_alone(self, other: Token | None) -> bool:
+        """Whether a worker that could wait with another for a pair takes a short run instead, though the pair has waited for long."""
+        one, two = people.worker("one"), people.worker("two")
+        Worker.objects.filter(pk=two.pk).update(token=other)
+        wide, short = pair(), people.queued()
+        has_waited(wide)
+        found = ask(one)
+        assert (found is None) == Node.objects.filter(run=wide).exists()
+        return found is not None and found.run == short
+
+    def test_a_worker_whose_token_sees_the_run(self) -> None:
+        assert not self.stays_alone(self.token(people.user("ben", Project.default(), Role.EDITOR)))
+
+    def test_a_worker_of_the_machines_owner(self) -> None:
+        assert not self.stays_alone(self.token(people.user("root", is_superuser=True)))
+
+    def test_one_who_only_views_or_is_outside(self) -> None:
+        assert self.stays_alone(self.token(people.user("vic", Project.default(), Role.VIEWER)))
+
+    def test_one_outside(self) -> None:
+        assert self.stays_alone(self.token(people.user("olga")))
+
+    def test_one_bound_to_another_project(self) -> None:
+        assert self.stays_alone(self.token(people.user("root", is_superuser=True), project=Project.objects.create(name="other")))
+
+    def test_one_whose_token_is_revoked_or_was_never_heard(self) -> None:
+        token = self.token(people.ada())
+        Token.objects.filter(pk=token.pk).update(revoked_at=after_now(-1))
+        assert self.stays_alone(token)
+
+    def test_one_that_has_not_spoken_since_tokens_are_remembered(self) -> None:
+        assert self.stays_alone(None)
+
+    def test_one_whose_token_may_do_anything_but_work(self) -> None:
+        assert self.stays_alone(self.token(people.ada(), ["admin"]))
+
+    def test_the_books_say_what_the_claim_would(self) -> None:
+        """For every kind of token: the projects that the books know are those of which the claim's own query offers runs."""
+        other = Project.objects.create(name="other")
+        ada, root = people.user("ada", other, Role.VIEWER), people.user("root", is_superuser=True)
+        people.user("ada", Project.default(), Role.EDITOR)
+        runs = {project.pk: Run.objects.create(project=project, owner=ada, name="x") for project in (Project.default(), other)}
+        tokens = [self.token(user, project=project) for user in (ada, root) for project in (None, Project.default(), other)]
+        known = projects_of_workers([token.pk for token in tokens])
+        for token in tokens:
+            principal = Principal(token.user, frozenset(token.scopes), token.project_id, token.pk)
+            offered = set(visible_runs(principal, Role.EDITOR).values_list("project_id", flat=True))
+            assert known[token.pk] == offered and offered <= set(runs)
+
+    def test_a_worker_is_known_by_the_token_with_which_it_spoke_last(self, as_user: Speak) -> None:
+        worker = people.worker("one")
+        for verb, body in (("hello", HELLO), ("claim", {"worker": worker.pk, "free_slots": 1, "free_devices": ["cpu:0"]})):
+            as_user(people.user(f"by {verb}"), "worker").post(f"/api/v1/worker/{verb}", body, format="json")
+            worker.refresh_from_db()
+            assert worker.token and worker.token.user.username == f"by {verb}"
+
+
+HELLO = {"name": "one", "host": "one", "pid": 1, "version": "0", "devices": [], "slots": 1}
+
+
+@pytest.mark.django_db
+class TestAQueueOfRunsThatCannotBeHad:
+    @pytest.mark.parametrize("count", [3, 30])
+    def test_they_hide_neither_a_run_on_several_hosts_nor_one_on_one_and_cost_no_query(self, count: int) -> None:
+        one, two = people.worker("one", slots=4), people.worker("two", slots=4)
+        busy = people.worker("busy", slots=0)
+        many = {"parallel": {"data": 4, "nodes": 4}, "training": {"steps": 20, "batch_size": 4}}
+        for index in range(count):
+            bound = people.queued(**many) if index % 2 else pair()
+            Run.objects.filter(pk=bound.pk).update(worker=busy, progress_checkpoint_step=10)
+        wide, short = pair(), people.queued()
+        with CaptureQueriesContext(connection) as queries:
+            taken = ask(one)
+        assert taken and taken.run == short and Node.objects.get().run == wide
+        assert len(queries) < 60
+        assert ask(two).run == wide  # type: ignore[union-attr]
+
+    def test_runs_that_others_are_gathering_on_another_kind_of_device_do_not_hide_one(self) -> None:
+        gpus = [people.worker(f"gpu{index}", cuda=1) for index in range(30)]
+        people.worker("other gpu", cuda=1)
+        for gpu in gpus:
+            urgent = pair(priority=1)
+            assert claim(Run.objects.filter(pk=urgent.pk), worker=gpu, free_slots=1, free_devices=["cuda:0"]) is None
+        wide = pair()
+        people.worker("cpu")
+        assert ask(people.worker("another cpu")) is None
+        assert Node.objects.filter(run=wide, worker__name="another cpu").exists()
+
+
+class Asking(threading.Thread):
+    """A worker that asks in a transaction of its own; `result()` is what it got, or raises what went wrong."""
+
+    def __init__(self, worker: Worker) -> None:
+        super().__init__(daemon=True)
+        self._worker, self._done = worker, Future[Claim | None]()
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._done.set_result(ask(self._worker))
+        except Exception as error:
+            self._done.set_exception(error)
+        finally:
+            connection.close()
+
+    def result(self) -> Claim | None:
+        return self._done.result(10)
+
+    def waits(self, seconds: float = 0.5) -> bool:
+        self.join(seconds)
+        return self.is_alive()
+
+
+@pytest.fixture
+def at_join(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], object]]:
+    """What each claim does, in turn, when it has locked the first run on several hosts and is about to join it."""
+    stops: list[Callable[[], object]] = []
+    join = gather.join
+
+    def stop_first(*arguments: Any) -> None:
+        if stops:
+            stops.pop(0)()
+        join(*arguments)
+
+    monkeypatch.setattr(gather, "join", stop_first)
+    return stops
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_host_that_asks_while_another_joins_waits_for_it_and_takes_nothing_less_urgent(at_join: list[Callable[[], object]]) -> None:
+    one, two = people.worker("one"), people.worker("two")
+    wide, short = pair(), people.queued()
+    joining, go_on = threading.Event(), threading.Event()
+    at_join.append(lambda: (joining.set(), go_on.wait(10)))
+    first = Asking(one)
+    assert joining.wait(10)
+    second = Asking(two)
+    assert second.waits(), "the run is being gathered at this moment: it is worth a moment"
+    go_on.set()
+    got = second.result()
+    assert first.result() is None and got and (got.run, got.node) == (wide, 1)
+    assert state(short) == State.QUEUED
+
+
+@pytest.mark.django_db(transaction=True)
+def test_two_hosts_that_join_two_runs_in_opposite_order_do_not_wait_for_each_other(at_join: list[Callable[[], object]]) -> None:
+    one, two = people.worker("one", slots=3), people.worker("two", slots=3)
+    people.worker("three", slots=3)
+    left, right = (people.queued(parallel={"data": 3, "nodes": 3}, training={"steps": 20, "batch_size": 3}) for _ in range(2))
+    both, joining = threading.Barrier(2, timeout=10), threading.Event()
+    at_join += [lambda: (joining.set(), both.wait()), both.wait]
+    first = Asking(one)
+    assert joining.wait(10), "one has locked `left`, and goes on to `right`"
+    Run.objects.filter(pk=right.pk).update(priority=5)
+    second = Asking(two)
+    assert [first.result(), second.result()] == [None, None]
+    assert set(Node.objects.values_list("run", "worker")) == {(run.pk, worker.pk) for run in (left, right) for worker in (one, two)}
+
+
 @pytest.mark.django_db(transaction=True)
 def test_hosts_that_ask_at_once_never_share_a_device_and_never_get_half_a_run() -> None:
     runs = [pair() for _ in range(3)] + [people.queued() for _ in range(2)]
@@ -322,17 +496,29 @@ class TestAHostOfAnAttempt:
         reconcile_once()
         assert hosts_of(run.pk, 1).lost is None and renew_node(run.pk, 1, 1)
 
-    def test_the_reason_of_a_host_comes_before_that_of_one_which_only_lost_its_peers(self) -> None:
+    @staticmethod
+    def of_three() -> Run:
+        """A run that three workers have been granted."""
         run = people.queued(parallel={"data": 3, "nodes": 3}, training={"steps": 20, "batch_size": 3})
-        for name in ("one", "two", "three"):
-            ask(people.worker(name)) if name == "three" else people.worker(name)
-        for name in ("one", "two"):
-            ask(Worker.objects.get(name=name))
+        workers = [people.worker(name) for name in ("one", "two", "three")]
+        assert [bool(ask(worker)) for worker in workers] == [False, False, True]
+        return run
+
+    def test_the_reason_of_a_host_comes_before_that_of_one_which_only_lost_its_peers(self) -> None:
+        run = self.of_three()
         leave_node(run.pk, 1, 1, outcome="failed", reason="peer_lost", detail="connection reset")
         assert hosts_of(run.pk, 1).lost is None, "the third may still say why"
         leave_node(run.pk, 1, 2, outcome="failed", reason="rank_killed", detail="rank 2 was ended by SIGKILL")
         leave_node(run.pk, 1, 2, outcome="failed", reason="error", detail="twice")
         assert hosts_of(run.pk, 1).lost == ("rank_killed", "rank 2 was ended by SIGKILL")
+
+    def test_of_two_hosts_with_reasons_of_their_own_the_first_to_go_has_the_word(self) -> None:
+        run = self.of_three()
+        leave_node(run.pk, 1, 2, outcome="failed", reason="rank_killed", detail="rank 2 was ended by SIGKILL")
+        Node.objects.filter(run=run, left_at__isnull=False).update(left_at=after_now(-1))
+        leave_node(run.pk, 1, 1, outcome="failed", reason="error", detail="what came of it")
+        announce(run.pk, 1, "10.0.0.1:4711")
+        assert hosts_of(run.pk, 1) == Hosts("10.0.0.1:4711", ("rank_killed", "rank 2 was ended by SIGKILL"))
 
     def test_a_later_attempt_fences_every_host(self) -> None:
         one, two = people.worker("one"), people.worker("two")
@@ -365,3 +551,80 @@ class TestAHostOfAnAttempt:
         assert reconcile_once() == [run.pk], "node 0 was two's"
         assert ask(two) is None, "what it was granted is over; it has a new place"
         assert Node.objects.filter(run=run, attempt=0, worker=two).exists()
+
+
+@pytest.mark.django_db
+class TestAPartThatIsNeverTaken:
+    @pytest.fixture(autouse=True)
+    def _reconciler(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(doorbell, "ring", lambda *_: True)
+        Presence.objects.create(name="web", up_since=after_now(-60), last_seen=after_now(0))
+
+    @staticmethod
+    def half_taken() -> Run:
+        """A pair that was granted to one and two; one has taken its part as node 0."""
+        run, workers = pair(), [Worker.objects.filter(name=name).first() or people.worker(name) for name in ("one", "two")]
+        assert [ask(worker) for worker in workers[:1]] == [None]
+        assert ask(workers[1])
+        assert ask(workers[0])
+        Node.objects.filter(run=run, rank=1).update(token_sha256="")
+        return Run.objects.get(pk=run.pk)
+
+    @staticmethod
+    def given_up(run: Run, reason: str = "worker_lost") -> Run:
+        """The run once node 1's time has passed and node 0 has ended the attempt for that reason."""
+        Node.objects.filter(run=run, attempt=run.attempt, rank=1).update(lease_until=after_now(-1))
+        reconcile_once()
+        end_attempt(run.pk, run.attempt, RunEnded(at=1.0, outcome="failed", reason=reason, detail="node 1 on two did not take its part in time"))
+        return Run.objects.get(pk=run.pk)
+
+    def test_it_says_so_and_says_nothing_against_the_run(self) -> None:
+        run = self.half_taken()
+        Node.objects.filter(run=run, rank=1).update(lease_until=after_now(-1))
+        reconcile_once()
+        assert hosts_of(run.pk, 1).lost == ("worker_lost", "node 1 on two did not take its part in time")
+        run = self.given_up(run)
+        assert (run.state, run.attempts_without_progress, run.attempts_not_taken) == (State.QUEUED, 0, 1)
+
+    def test_node_0s_part_likewise(self) -> None:
+        run = self.half_taken()
+        Node.objects.filter(run=run, rank=0).update(token_sha256="")
+        Run.objects.filter(pk=run.pk).update(lease_until=after_now(-1))
+        assert reconcile_once() == [run.pk]
+        run.refresh_from_db()
+        assert (run.state, run.attempts_without_progress, run.attempts_not_taken) == (State.QUEUED, 0, 1)
+
+    def test_one_that_was_taken_and_then_lost_counts(self) -> None:
+        run, _ = granted(people.worker("one"), people.worker("two"))
+        run = self.given_up(Run.objects.get(pk=run.pk))
+        assert (run.state, run.attempts_without_progress, run.attempts_not_taken) == (State.QUEUED, 1, 0)
+
+    def test_a_failure_of_node_0_while_the_other_still_has_time_counts(self) -> None:
+        run = self.half_taken()
+        end_attempt(run.pk, 1, RunEnded(at=1.0, outcome="failed", reason="no_meeting"))
+        run.refresh_from_db()
+        assert (run.attempts_without_progress, run.attempts_not_taken) == (1, 0)
+
+    def test_it_does_not_go_on_for_ever(self) -> None:
+        run = self.half_taken()
+        for tried in range(1, MAX_ATTEMPTS_NOT_TAKEN):
+            run = self.given_up(run)
+            assert (run.state, run.attempts_not_taken) == (State.QUEUED, tried)
+            Run.objects.filter(pk=run.pk).update(state=State.STARTING, lease_until=after_now(15))
+        run = self.given_up(run)
+        assert (run.state, run.reason) == (State.FAILED, "restart_limit")
+        assert run.detail.startswith("10 attempts in which a host did not take its part; the last ended with worker_lost. node 1 on two")
+
+    def test_an_attempt_that_trains_wipes_the_slate(self) -> None:
+        run = self.half_taken()
+        Run.objects.filter(pk=run.pk).update(attempts_not_taken=9)
+        start_attempt(run.pk, 1, RunStarted(attempt=1, at=1.0, steps=20))
+        run = self.given_up(run)
+        assert (run.state, run.attempts_not_taken) == (State.QUEUED, 1)
+
+    def test_a_run_that_was_paused_and_resumed_has_all_its_tries_again(self) -> None:
+        run = pair()
+        Run.objects.filter(pk=run.pk).update(state=State.PAUSED, desired="pause", attempts_not_taken=9)
+        resume(run.pk, by="user:ada")
+        run.refresh_from_db()
+        assert run.attempts_not_taken == 0
