@@ -94,7 +94,7 @@ def join(run: Run, worker: Worker, devices: Sequence[str]) -> None:
     if lacking:
         ring_workers_after_commit(others)
     else:
-        _grant(run, sorted(kept, key=lambda node: node.worker.host != home))
+        _grant(run, sorted(kept, key=lambda node: (node.worker.host != home, node.worker_id != run.worker_id)))
         ring_workers_after_commit(here[:-1])
 
 

@@ -220,6 +220,13 @@ class TestTheCheckpointsHost:
         assert claimed and claimed.node == 0 and Run.objects.get(pk=run.pk).worker == home
         assert ask(other).node == 1  # type: ignore[union-attr]
 
+    def test_of_two_workers_on_that_host_the_one_that_saved_it(self) -> None:
+        run, other, home = pair(), people.worker("other", host="h"), people.worker("home", host="h")
+        Run.objects.filter(pk=run.pk).update(worker=home, progress_checkpoint_step=10)
+        assert ask(other) is None
+        claimed = ask(home)
+        assert claimed and claimed.node == 0
+
     def test_no_others_make_the_run_while_it_lives_but_they_do_when_it_is_gone(self) -> None:
         run, home = pair(), people.worker("home")
         two_others = [people.worker(name) for name in ("a", "b")]
