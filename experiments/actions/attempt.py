@@ -16,7 +16,7 @@ from django.db.models.functions import Coalesce, Now
 from experiments import secret
 from experiments.access import authenticate_token, roles_include
 from experiments.actions.lease import LEASE_S
-from experiments.actions.node import Hosts, hosts_of, may_speak, never_taken
+from experiments.actions.node import Hosts, close_nodes, hosts_of, may_speak, never_taken
 from experiments.actions.now import after_now
 from experiments.actions.transition import locked, transition
 from experiments.doorbell import ring_after_commit
@@ -148,6 +148,7 @@ def end_attempt(run_id: int, attempt: int, event: RunEnded) -> None:
     if run.attempt != attempt or run.state not in LIVE:
         return
     by = _speaker(run)
+    close_nodes(run, outcome=event.outcome, reason=event.reason, detail=event.detail)
     said: dict[str, Any] = {
         "reason": event.reason[:64],
         "detail": event.detail,

@@ -70,6 +70,15 @@ def leave_node(run_id: int, attempt: int, rank: int, *, outcome: str, reason: st
         publish_run(run_id)
 
 
+def close_nodes(run: Run, *, outcome: str, reason: str, detail: str) -> None:
+    """The present attempt of `run`, which the caller has locked, is over, as node 0 has said or as was said for it. Hosts that had no word
+    ended as it did or, where it failed, were stopped.
+    """
+    silent = Node.objects.filter(run=run.pk, attempt=run.attempt, attempt__gt=0, outcome="")
+    silent.filter(rank=0).update(outcome=outcome, reason=reason[:64], detail=detail, left_at=Now())
+    silent.update(outcome="stopped" if outcome == "failed" else outcome, left_at=Now())
+
+
 def never_taken(run: Run) -> bool:
     """Whether a host let its time pass without taking its part in the present attempt: the ranks never met, and nothing was trained."""
     untaken = Node.objects.filter(run=run.pk, attempt=run.attempt, attempt__gt=0, token_sha256="")

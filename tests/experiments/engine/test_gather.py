@@ -454,12 +454,52 @@ def test_the_hosts_are_shown_with_the_run_and_the_run_with_each_host(ada: APICli
     run, _ = granted(one, two)
     shown = ada.get(f"/api/v1/runs/{run.pk}").json()
     assert (shown["node_count"], shown["worker"]) == (2, "one")
-    same = {"devices": ["cpu:0"], "outcome": "", "reason": "", "detail": ""}
-    assert shown["nodes"] == [{"rank": 0, "worker": "one", "host": "h1", **same}, {"rank": 1, "worker": "two", "host": "h2", **same}]
+    same = {"attempt": 1, "devices": ["cpu:0"], "outcome": "", "reason": "", "detail": "", "left_at": None}
+    assert shown["nodes"] == [
+        {"rank": 0, "ranks": [0], "worker": "one", "host": "h1", **same},
+        {"rank": 1, "ranks": [1], "worker": "two", "host": "h2", **same},
+    ]
     workers = {row["name"]: (row["busy"], row["runs"]) for row in ada.get("/api/v1/workers").json()["items"]}
     assert workers == {"one": (1, [run.pk]), "two": (1, [run.pk])}
     alone = people.queued()
     assert ada.get(f"/api/v1/runs/{alone.pk}").json()["nodes"] == []
+
+
+@pytest.mark.django_db
+class TestHowEachHostEnded:
+    @pytest.mark.parametrize(("outcome", "other"), [("succeeded", "succeeded"), ("paused", "paused"), ("failed", "stopped")])
+    def test_one_that_had_no_word_ended_as_the_attempt_did_or_was_stopped(self, ada: APIClient, outcome: str, other: str) -> None:
+        run, _ = granted(people.worker("one"), people.worker("two"))
+        end_attempt(run.pk, 1, RunEnded(at=1.0, outcome=outcome, reason="why", detail="what"))
+        first, second = ada.get(f"/api/v1/runs/{run.pk}/nodes").json()["items"]
+        assert (first["outcome"], first["reason"], first["detail"]) == (outcome, "why", "what")
+        assert (second["outcome"], second["reason"], second["detail"]) == (other, "", "")
+        assert first["left_at"] and second["left_at"]
+
+    def test_every_attempt_is_told_newest_first_with_each_hosts_own_words(self, ada: APIClient, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(doorbell, "ring", lambda *_: True)
+        one, two = people.worker("one", host="h1"), people.worker("two", host="h2")
+        run, _ = granted(one, two)
+        leave_node(run.pk, 1, 1, outcome="failed", reason="rank_killed", detail="rank 1 was ended by SIGKILL")
+        Presence.objects.create(name="web", up_since=after_now(-60), last_seen=after_now(0))
+        Run.objects.filter(pk=run.pk).update(lease_until=after_now(-1))
+        reconcile_once()
+        assert [bool(ask(worker)) for worker in (one, two)] == [False, True]
+        told = ada.get(f"/api/v1/runs/{run.pk}/nodes").json()["items"]
+        assert [(row["attempt"], row["rank"], row["host"], row["outcome"], row["reason"]) for row in told] == [
+            (2, 0, "h1", "", ""),
+            (2, 1, "h2", "", ""),
+            (1, 0, "h1", "failed", "worker_lost"),
+            (1, 1, "h2", "failed", "rank_killed"),
+        ]
+        assert Node.objects.filter(attempt=0).count() == 0 and ada.get(f"/api/v1/runs/{people.queued().pk}/nodes").json()["items"] == []
+
+    def test_ranks_are_numbered_through_the_hosts(self, ada: APIClient) -> None:
+        run = people.queued(parallel={"data": 2, "expert": 2, "nodes": 2}, training={"steps": 20, "batch_size": 4})
+        gpus = ["cuda:0", "cuda:1"]
+        assert [bool(ask(people.worker(name, cuda=2), gpus)) for name in ("one", "two")] == [False, False]
+        assert ask(Worker.objects.get(name="one"), gpus)
+        assert [node["ranks"] for node in ada.get(f"/api/v1/runs/{run.pk}").json()["nodes"]] == [[0, 1], [2, 3]]
 
 
 @pytest.mark.django_db
