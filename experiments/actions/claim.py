@@ -1,7 +1,7 @@
 """Hands a queued run to a worker: exactly one claim gets it, with an attempt number that fences every later write.
 
 A run on several hosts is handed to all of them at once (see gather). A claim has at most one run's row locked at a time, so that it
-can wait for one that another claim is gathering: two claims never wait for each other.
+can wait for one that another claim is joining: claims never wait for each other in a circle.
 """
 
 from __future__ import annotations

@@ -93,6 +93,9 @@ def ring(url: str) -> None:
 def test_a_bell_starts_what_waits_and_the_runs_outlive_the_killed_worker(
     worker_host: Host, api: Api, celery_worker: subprocess.Popen[bytes], valkey_url: str
 ) -> None:
+    worker_host.wait(lambda: len(api.asked) == 3, 5)
+    assert [path.rpartition("/worker/")[2] for path, *_ in api.asked] == ["hello", "claim", "generations/claim"], "a new worker asks unbidden"
+    api.asked.clear()
     # Two runs for two slots; the third stays with the server. Their telemetry goes nowhere: this server has no ingest socket.
     api.waiting = [worker_host.claim(run=run, steps=5000) for run in (1, 2, 3)]
     ring(valkey_url)

@@ -305,6 +305,11 @@ def test_what_is_asked_over_rest_reaches_both_hosts(lab: Network) -> None:
     lab.wait_for_step(run_id, paused["last_step"] + 10)
     assert lab.run(run_id)["attempt"] == 2 and lab.in_order(run_id) == [first, other]
 
+    lab.client.pause(run_id)
+    lab.client.resume(run_id)  # some of the hosts may have heard of the pause, and some not
+    lab.wait_for_step(run_id, lab.last_step(run_id) + 10)
+    assert lab.run(run_id)["state"] == "running"
+
     began = time.monotonic()
     lab.client.cancel(run_id)
     assert lab.client.wait(run_id, timeout_s=15)["state"] == "cancelled"

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from django.contrib.auth.models import User
 from django.db import connection
+from django.test import Client
 from django.test.utils import CaptureQueriesContext
 from rest_framework.test import APIClient
 
@@ -493,6 +494,21 @@ class TestHowEachHostEnded:
             (1, 1, "h2", "failed", "rank_killed"),
         ]
         assert Node.objects.filter(attempt=0).count() == 0 and ada.get(f"/api/v1/runs/{people.queued().pk}/nodes").json()["items"] == []
+
+    def test_the_page_tells_it_and_trusts_no_words(self, client: Client) -> None:
+        run, _ = granted(people.worker("one", host="h1"), people.worker("two"))
+        client.force_login(people.ada())
+
+        def rows() -> list[str]:
+            page = client.get(f"/runs/{run.pk}/panel/timeline").content.decode()
+            return [" ".join(row.split("</li>")[0].split()) for row in page.split('id="hosts"')[1].split("<li>")[1:]]
+
+        first, second = rows()
+        assert "one on h1, rank 0 on cpu:0" in first and ">on it<" in first and "two, rank 1 on cpu:0" in second
+        Node.objects.filter(run=run, rank=1).update(token_sha256="")
+        assert ">called<" in rows()[1]
+        leave_node(run.pk, 1, 1, outcome="failed", reason="rank_killed", detail="<b>rank 1</b>")
+        assert 'data-state="failed">failed<' in rows()[1] and "<strong>rank killed</strong>: &lt;b&gt;rank 1&lt;/b&gt;" in rows()[1]
 
     def test_ranks_are_numbered_through_the_hosts(self, ada: APIClient) -> None:
         run = people.queued(parallel={"data": 2, "expert": 2, "nodes": 2}, training={"steps": 20, "batch_size": 4})
