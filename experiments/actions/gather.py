@@ -53,19 +53,21 @@ def joinable(fitting: QuerySet[Run], worker: Worker) -> QuerySet[Run]:
     Whether enough can be had depends on little that differs: the books are asked once for each such kind of run.
     """
     wide, places = fitting.filter(node_count__gt=1), Node.objects.filter(run=OuterRef("pk"), attempt=0)
+    kept = places.filter(lease_until__gte=Now())
     books: Books | None = None
-    having = Q(pk__in=[])
+    those = Q(pk__in=[])
     for facts in wide.order_by().values(*_KIND).distinct():
         books, run = books or Books.read(), Run(**facts)
         kind = kind_for(run, n_cuda_of(worker))
-        possible = Q(Exists(places.filter(lease_until__gte=Now(), devices__0__startswith=kind)))
+        enough = Q(pk__in=[])
         for recent in (True, False):
             others = [other for other in books.workers if other != worker and books.could_take(other, run, kind, now=recent)]
             if len(others) >= run.node_count - 1:
                 near = ~Q(home__in=books.hosts) | Q(home__in=[worker.host, *(other.host for other in others)])
-                possible |= near if recent else near & ~Q(Exists(_recent(OuterRef("pk"))))
-        having |= Q(**facts) & possible
-    return wide.filter(having).exclude(Exists(places.filter(worker=worker)))
+                enough |= near if recent else near & ~Q(Exists(_recent(OuterRef("pk"))))
+        begun = Q(Exists(kept.filter(devices__0__startswith=kind)))
+        those |= Q(**facts) & (begun | (~Q(Exists(kept)) & enough))
+    return wide.filter(those).exclude(Exists(places.filter(worker=worker)))
 
 
 def locked_while_waiting(wide: Run) -> Run | None:
