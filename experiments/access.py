@@ -7,7 +7,7 @@ everybody else they do not exist (404, never 403). Within a project its role dec
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -65,6 +65,10 @@ def authenticate_token(bearer: str) -> Principal | None:
         return None
     stale = Q(last_used_at=None) | Q(last_used_at__lt=after_now(-_LAST_USED_EVERY_S))
     Token.objects.filter(stale, pk=token.pk).update(last_used_at=Now())
+    return _speaking_through(token)
+
+
+def _speaking_through(token: Token) -> Principal:
     scopes = frozenset().union(*(_IMPLIED[scope] for scope in token.scopes))
     return Principal(token.user, scopes, token.project_id, token.pk)
 
@@ -121,6 +125,12 @@ def visible_runs(principal: Principal, role: str = Role.VIEWER) -> QuerySet[Run]
     if principal.user.is_superuser and principal.project_id is None:
         return Run.objects.all()
     return Run.objects.filter(project__in=visible_projects(principal, role))
+
+
+def projects_of_workers(token_ids: Iterable[int]) -> dict[int, frozenset[int]]:
+    """For each of these tokens that a worker could claim with today, the projects whose runs it would be offered."""
+    tokens = Token.objects.select_related("user").filter(_alive(), pk__in=token_ids, scopes__contains=[Scope.WORKER])
+    return {token.pk: frozenset(visible_projects(_speaking_through(token), Role.EDITOR).values_list("pk", flat=True)) for token in tokens}
 
 
 def roles_include(principal: Principal, project_id: int, role: str) -> bool:

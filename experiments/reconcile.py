@@ -19,7 +19,7 @@ from django.db.models.functions import Now
 
 from experiments import doorbell
 from experiments.actions.attempt import leave
-from experiments.actions.node import lose_silent_nodes
+from experiments.actions.node import close_nodes, lose_silent_nodes
 from experiments.actions.now import after_now
 from experiments.actions.serve_generation import take_back
 from experiments.actions.transition import StateConflict, transition
@@ -84,13 +84,9 @@ def _take_back() -> list[int]:
             if run.recorded:
                 transition(run, State.CANCELLED, by="reconciler", reason="cancelled", detail=f"{who} did not answer")
             else:
-                leave(
-                    run,
-                    by="reconciler",
-                    counts=run.attempt_token_sha256s[-1:] != [""],  # a part that nobody has taken yet says nothing against the run
-                    reason="worker_lost",
-                    detail=f"attempt {run.attempt} on {who} was not heard from for its whole lease",
-                )
+                detail = f"attempt {run.attempt} on {who} was not heard from for its whole lease"
+                close_nodes(run, outcome="failed", reason="worker_lost", detail=detail)
+                leave(run, by="reconciler", counts=True, reason="worker_lost", detail=detail)
         except StateConflict as conflict:
             logger.warning("%s", conflict)
             continue

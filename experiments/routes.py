@@ -52,6 +52,7 @@ ROUTES: Mapping[str, Mapping[str, Need]] = {
     f"{_RUN}/checkpoint": {"POST": EDIT},
     f"{_RUN}/clone": {"POST": EDIT},
     f"{_RUN}/transitions": {"GET": VIEW},
+    f"{_RUN}/nodes": {"GET": VIEW},
     f"{_RUN}/checkpoints": {"GET": VIEW},
     f"{_RUN}/diff": {"GET": VIEW},
     f"{_RUN}/events": {"GET": VIEW},

@@ -107,6 +107,10 @@ class Client(GenerationCalls, WorkerCalls):
     def transitions(self, run_id: int) -> list[Json]:
         return self._items(f"/runs/{run_id}/transitions")
 
+    def nodes(self, run_id: int) -> list[Json]:
+        """The hosts of each attempt of a run that is on several, the newest attempt first."""
+        return self._items(f"/runs/{run_id}/nodes")
+
     def checkpoints(self, run_id: int) -> list[Json]:
         return self._items(f"/runs/{run_id}/checkpoints")
 

@@ -17,6 +17,7 @@ from moelab.redis_url import celery_broker
 from workers import canary
 from workers.launch import LaunchError
 from workers.look_for_work import look_for_work, worker_name
+from workers.tenant import sole_worker
 
 QUEUE = "work"
 BELL = "workers.look_for_work"
@@ -68,11 +69,12 @@ def answer_bell() -> None:
 
 
 def start_worker() -> None:
-    """Consumes until it is stopped, or until it finds itself deaf (workers.canary)."""
+    """Consumes until it is stopped, or until it finds itself deaf (workers.canary). Raises HomeInUseError."""
     canary.install(app)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     name = f"{worker_name()}@%h"
-    app.worker_main(["worker", "-Q", QUEUE, "-n", name, "--loglevel", "INFO", "--without-gossip", "--without-mingle", "--without-heartbeat"])
+    with sole_worker(home()):
+        app.worker_main(["worker", "-Q", QUEUE, "-n", name, "--loglevel", "INFO", "--without-gossip", "--without-mingle", "--without-heartbeat"])
 
 
 def start_beat() -> None:

@@ -53,10 +53,10 @@ class Canary:
         return self._rung_since is not None and time.monotonic() - self._rung_since > DEAF_S
 
     def watch(self) -> None:
-        """Rings for ever; ends the process once it is deaf."""
+        """Rings for ever, the first time at once, so that a new worker is known and takes work; ends the process once it is deaf."""
         while not self.deaf:
-            time.sleep(RING_S)
             self.ring()
+            time.sleep(RING_S)
         logger.error("no task received for %.0f s although the bell was rung: this worker is deaf, and ends", DEAF_S)
         logging.shutdown()
         os._exit(EXIT_DEAF)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 from dataclasses import dataclass
+from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 import psutil
@@ -43,7 +44,7 @@ def _source(target: tuple[str, int]) -> str | None:
 def interface_of(address: str) -> str | None:
     """The network interface that has `address`, for gloo and NCCL; None where no interface says so."""
     for name, addresses in psutil.net_if_addrs().items():
-        if any(known.address.partition("%")[0] == address for known in addresses):
+        if any(known.address.partition("%")[0] == address.partition("%")[0] for known in addresses):
             return name
     return None
 
@@ -67,6 +68,8 @@ class Meeting:
         listener = None
         try:
             address = own_address()
+            if ":" in address and ip_address(address).is_link_local:
+                raise ValueError(f"{address} is good on one link, for which each host has a name of its own: others cannot use it")
             listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind((address, int(port)))

@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Mapping
@@ -191,7 +192,7 @@ class Supervisor:
             return
         silent_s = self._progress.silent_too_long(now) if self._claim.node == 0 else None  # the spool is node 0's
         if silent_s is not None:
-            self._hang = f"no sign of progress for {silent_s:.0f} s; the stacks of all ranks are at the end of the log"
+            self._hang = f"no sign of progress for {silent_s:.0f} s" + (_stacks(self._claim) if self._progress.started else " since it was started")
             self._log.say(self._hang)
             if self._progress.started:
                 self._ranks.signal(signal.SIGUSR2)
@@ -236,6 +237,15 @@ class Supervisor:
             except OSError as error:
                 logger.warning("the spool does not take the last event: %s", error)
                 await asyncio.sleep(5)
+
+
+def _stacks(claim: Claim) -> str:
+    """Whose stacks the log has after a hang: those of this host's ranks."""
+    if claim.nodes == 1:
+        return "; the stacks of all ranks are at the end of the log"
+    last = claim.first_rank + len(claim.devices) - 1
+    ranks = f"rank {last}" if claim.first_rank == last else f"ranks {claim.first_rank} to {last}"
+    return f"; the stacks of {ranks}, on {socket.gethostname()}, are in the log, those of other hosts' ranks are not"
 
 
 def _threads(claim: Claim) -> int:

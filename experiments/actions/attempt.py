@@ -16,7 +16,7 @@ from django.db.models.functions import Coalesce, Now
 from experiments import secret
 from experiments.access import authenticate_token, roles_include
 from experiments.actions.lease import LEASE_S
-from experiments.actions.node import Hosts, hosts_of, may_speak
+from experiments.actions.node import Hosts, close_nodes, hosts_of, may_speak, never_taken
 from experiments.actions.now import after_now
 from experiments.actions.transition import locked, transition
 from experiments.doorbell import ring_after_commit
@@ -25,6 +25,7 @@ from experiments.models import LIVE, Checkpoint, Desired, Role, Run, Scope, Stat
 from spec.events import CheckpointSaved, RunEnded, RunStarted
 
 MAX_ATTEMPTS_WITHOUT_PROGRESS = 3
+MAX_ATTEMPTS_NOT_TAKEN = 10
 FINAL_REASONS = frozenset({"config_invalid", "nan_loss", "oom", "error", "disk_full"})
 """Failures that would come again: the run has failed. Any other is the host's, and the run is queued again."""
 
@@ -109,7 +110,7 @@ def _facts(event: RunStarted) -> dict[str, Any]:
         "versions": {name[:200]: value[:200] for name, value in event.versions.items()},
         "device_names": [name[:200] for name in event.devices],
     }
-    return {"resumed_from_step": event.resumed_from_step, **{name: value for name, value in told.items() if value}}
+    return {"resumed_from_step": event.resumed_from_step, "attempts_not_taken": 0, **{name: value for name, value in told.items() if value}}
 
 
 @transaction.atomic
@@ -147,6 +148,7 @@ def end_attempt(run_id: int, attempt: int, event: RunEnded) -> None:
     if run.attempt != attempt or run.state not in LIVE:
         return
     by = _speaker(run)
+    close_nodes(run, outcome=event.outcome, reason=event.reason, detail=event.detail)
     said: dict[str, Any] = {
         "reason": event.reason[:64],
         "detail": event.detail,
@@ -166,18 +168,23 @@ def end_attempt(run_id: int, attempt: int, event: RunEnded) -> None:
 def leave(run: Run, *, by: str, counts: bool, **said: Any) -> None:
     """An unfinished attempt has left the run (locked by the caller): it is cancelled, paused, queued again, or has failed for good.
 
-    `counts` says whether the attempt is to blame: three in a row that crash without a new checkpoint are enough.
+    `counts` says whether the attempt is to blame: three in a row that crash without a new checkpoint are enough. One of which a host never
+    took its part says nothing against the run, but ten of them with none that trained are enough as well.
     """
-    tries = run.attempts_without_progress + counts
+    lacking = counts and run.node_count > 1 and never_taken(run)
+    tries = run.attempts_without_progress + (counts and not lacking)
+    not_taken = run.attempts_not_taken + lacking
+    tried: dict[str, Any] = {"attempts_without_progress": tries, "attempts_not_taken": not_taken}
     if run.desired == Desired.CANCEL:
         transition(run, State.CANCELLED, by=by, **{**said, "reason": "cancelled"})
     elif run.desired == Desired.PAUSE:
         transition(run, State.PAUSED, by=by, **said)
-    elif tries >= MAX_ATTEMPTS_WITHOUT_PROGRESS:
-        text = f"{tries} attempts without a new checkpoint; the last ended with {said.get('reason') or 'no reason'}. {said.get('detail', '')}".strip()
-        transition(run, State.FAILED, by=by, attempts_without_progress=tries, **{**said, "reason": "restart_limit", "detail": text})
+    elif tries >= MAX_ATTEMPTS_WITHOUT_PROGRESS or not_taken >= MAX_ATTEMPTS_NOT_TAKEN:
+        what = f"{not_taken} attempts in which a host did not take its part" if lacking else f"{tries} attempts without a new checkpoint"
+        text = f"{what}; the last ended with {said.get('reason') or 'no reason'}. {said.get('detail', '')}".strip()
+        transition(run, State.FAILED, by=by, **tried, **{**said, "reason": "restart_limit", "detail": text})
     else:
-        transition(run, State.QUEUED, by=by, attempts_without_progress=tries, **said)
+        transition(run, State.QUEUED, by=by, **tried, **said)
         ring_after_commit()
 
 

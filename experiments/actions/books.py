@@ -1,13 +1,15 @@
-"""What the server's books say of workers: which of their devices are taken, and what they could take."""
+"""What the server's books say of workers: which of their devices are taken, and what they may and could take."""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from django.db.models import F, Q
 from django.db.models.functions import Now
 
+from experiments.access import projects_of_workers
 from experiments.actions.now import after_now
 from experiments.models import LIVE, Node, Run, Worker
 
@@ -17,19 +19,29 @@ WORKER_SILENT_S = 60
 
 @dataclass(frozen=True)
 class Books:
-    """The workers that are alive, and the devices of each run, part of a run and kept place that holds one of their slots."""
+    """The workers that are alive; the devices of each run, part of a run and kept place that holds one of their slots; and for each
+    token of theirs the projects whose runs it lets them take."""
 
     workers: list[Worker]
-    taken: dict[int, list[list[str]]]
+    taken: Mapping[int, list[list[str]]]
+    projects: Mapping[int, frozenset[int]]
 
     @classmethod
     def read(cls) -> Books:
         """As they are now."""
         alive = list(Worker.objects.filter(last_seen__gt=after_now(-WORKER_SILENT_S)).order_by("pk"))
-        return cls(alive, _taken([worker.pk for worker in alive], Q(lease_until__gt=Now())))
+        tokens = {worker.token_id for worker in alive if worker.token_id is not None}
+        return cls(alive, _taken([worker.pk for worker in alive], Q(lease_until__gt=Now())), projects_of_workers(tokens))
+
+    @property
+    def hosts(self) -> set[str]:
+        """The hosts that are alive."""
+        return {worker.host for worker in self.workers}
 
     def could_take(self, worker: Worker, run: Run, kind: str, *, now: bool) -> bool:
-        """Whether the worker has a slot and devices of that kind for a host's share of the run; `now`: whether they are free."""
+        """Whether the worker may have the run, and has a slot and devices of that kind for a host's share of it; `now`: whether they are free."""
+        if worker.token_id is None or run.project_id not in self.projects.get(worker.token_id, ()):
+            return False
         share, n_cuda = run.world_size // run.node_count, n_cuda_of(worker)
         if kind_for(run, n_cuda) != kind or worker.slots < 1:
             return False
@@ -45,7 +57,7 @@ def taken_by(worker: Worker) -> list[list[str]]:
 
 
 def _taken(workers: list[int], kept: Q) -> dict[int, list[list[str]]]:
-    alone = Run.objects.filter(worker__in=workers, state__in=LIVE, node_count=1)
+    alone = Run.objects.filter(worker__in=workers, state__in=LIVE, node_count=1, lease_until__isnull=False)  # which has an index
     parts = Node.objects.filter(worker__in=workers).filter((Q(attempt=0) & kept) | Q(attempt__gt=0, attempt=F("run__attempt"), run__state__in=LIVE))
     found: defaultdict[int, list[list[str]]] = defaultdict(list)
     for rows in (alone, parts):

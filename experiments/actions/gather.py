@@ -8,20 +8,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from django.db.models import F, Q, QuerySet
+from django.db.models import Exists, F, OuterRef, Q, QuerySet
 from django.db.models.functions import Now
 
 from experiments import secret
-from experiments.actions.books import WORKER_SILENT_S, Books
+from experiments.actions.books import Books, kind_for, n_cuda_of
 from experiments.actions.lease import LEASE_S, begin_attempt
 from experiments.actions.now import after_now
+from experiments.actions.queue import waiting
 from experiments.actions.transition import locked
 from experiments.doorbell import ring_workers_after_commit
-from experiments.models import LIVE, Node, Run, State, Worker
+from experiments.models import LIVE, Node, Run, State, Transition, Worker
 
 GATHER_S = 12
 PATIENCE_S = 300
 """A run that has been queued for so long is gathered although some hosts are busy: those that are free keep their devices for it."""
+_KIND = ("project_id", "device", "world_size", "node_count")
+"""What decides who could be a host of a run, but for where its checkpoint lies."""
 
 
 class Part(NamedTuple):
@@ -40,10 +43,39 @@ def let_go(worker: Worker) -> None:
 
 def places_of(worker: Worker) -> int:
     """Slots that are kept for runs of which the worker does not know yet."""
-    return Node.objects.filter(worker=worker, attempt=0).count()
+    granted = Q(attempt__gt=0, attempt=F("run__attempt"), run__state__in=LIVE, token_sha256="", outcome="")
+    return Node.objects.filter(Q(attempt=0) | granted, worker=worker).count()
 
 
-def join(run: Run, worker: Worker, devices: Sequence[str], books: Books) -> None:
+def joinable(fitting: QuerySet[Run], worker: Worker) -> QuerySet[Run]:
+    """Those of `fitting` on several hosts that are being gathered, or for which enough others can be had, and in which the worker has no place.
+
+    Whether enough can be had depends on little that differs: the books are asked once for each such kind of run.
+    """
+    wide, places = fitting.filter(node_count__gt=1), Node.objects.filter(run=OuterRef("pk"), attempt=0)
+    kept = places.filter(lease_until__gte=Now())
+    books: Books | None = None
+    those = Q(pk__in=[])
+    for facts in wide.order_by().values(*_KIND).distinct():
+        books, run = books or Books.read(), Run(**facts)
+        kind = kind_for(run, n_cuda_of(worker))
+        enough = Q(pk__in=[])
+        for recent in (True, False):
+            others = [other for other in books.workers if other != worker and books.could_take(other, run, kind, now=recent)]
+            if len(others) >= run.node_count - 1:
+                near = ~Q(home__in=books.hosts) | Q(home__in=[worker.host, *(other.host for other in others)])
+                enough |= near if recent else near & ~Q(Exists(_recent(OuterRef("pk"))))
+        begun = Q(Exists(kept.filter(devices__0__startswith=kind)))
+        those |= Q(**facts) & (begun | (~Q(Exists(kept)) & enough))
+    return wide.filter(those).exclude(Exists(places.filter(worker=worker)))
+
+
+def locked_while_waiting(wide: Run) -> Run | None:
+    """The run, its row locked, which is waited for: another claim that has it may be gathering it. None if it waits no more."""
+    return waiting(Run.objects.filter(pk=wide.pk)).select_for_update(of=("self",)).first()
+
+
+def join(run: Run, worker: Worker, devices: Sequence[str]) -> None:
     """Keeps a place in `run`, which the caller has locked, unless its other hosts cannot be had; the last one grants the run to all."""
     places = Node.objects.filter(run=run, attempt=0)
     over = places.select_for_update(skip_locked=True, of=("self",)).filter(lease_until__lt=Now())  # one that is locked its own worker gives up
@@ -52,9 +84,9 @@ def join(run: Run, worker: Worker, devices: Sequence[str], books: Books) -> None
     kind = _kind(devices)
     if any(node.worker_id == worker.pk or _kind(node.devices) != kind for node in kept):
         return
-    here = [*(node.worker for node in kept), worker]
+    here, books = [*(node.worker for node in kept), worker], Books.read()
     others = _others(run, kind, here, books)
-    home = _home(run)
+    home = run.home if run.home in books.hosts else ""  # type: ignore[attr-defined]
     begins_here = not home or home in {member.host for member in here}
     lacking = run.node_count - len(here)
     if lacking > len(others) or (not begins_here and (not lacking or home not in {other.host for other in others})):
@@ -64,7 +96,7 @@ def join(run: Run, worker: Worker, devices: Sequence[str], books: Books) -> None
     if lacking:
         ring_workers_after_commit(others)
     else:
-        _grant(run, sorted(kept, key=lambda node: node.worker.host != home))
+        _grant(run, sorted(kept, key=lambda node: (node.worker.host != home, node.worker_id != run.worker_id)))
         ring_workers_after_commit(here[:-1])
 
 
@@ -74,22 +106,13 @@ def _kind(devices: Sequence[str]) -> str:
 
 def _others(run: Run, kind: str, without: Sequence[Worker], books: Books) -> list[Worker]:
     """Workers that are alive and could be hosts of the run: now or, where it has been queued for long, once they are free."""
-    recent = run.transitions.filter(to_state=State.QUEUED, at__gt=after_now(-PATIENCE_S)).exists()
+    recent = _recent(run.pk).exists()
     return [worker for worker in books.workers if worker not in without and books.could_take(worker, run, kind, now=recent)]
 
 
-def _home(run: Run) -> str:
-    """The host on which node 0 can read the checkpoint that the run goes on from, its own or another's; "" where none is, or it is away."""
-    begins_with = run.spec.get("start", {}).get("run")
-    if run.progress_checkpoint_step:
-        host = run.worker.host if run.worker else ""
-    elif run.resume_from:
-        host = str(run.resume_from.get("host") or "")
-    else:
-        origin = Run.objects.select_related("worker").filter(pk=begins_with).first() if begins_with else None
-        host = origin.worker.host if origin and origin.worker else ""
-    alive = Worker.objects.filter(host=host, last_seen__gt=after_now(-WORKER_SILENT_S)).exists()
-    return host if alive else ""
+def _recent(run_id: int | OuterRef) -> QuerySet[Transition]:
+    """What queued the run within PATIENCE_S."""
+    return Transition.objects.filter(run=run_id, to_state=State.QUEUED, at__gt=after_now(-PATIENCE_S))
 
 
 def _grant(run: Run, nodes: Sequence[Node]) -> None:

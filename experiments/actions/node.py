@@ -9,14 +9,14 @@ from __future__ import annotations
 import hmac
 from dataclasses import dataclass
 
-from django.db.models import F, QuerySet
+from django.db.models import F, Q, QuerySet
 from django.db.models.functions import Now
 
 from experiments import secret
 from experiments.actions.lease import LEASE_S
 from experiments.actions.now import after_now
 from experiments.live.publish import publish_run
-from experiments.models import LIVE, Node
+from experiments.models import LIVE, Node, Run
 
 PEER_LOST = "peer_lost"
 """The reason of a node that only noticed that another was gone: any other node's reason says more."""
@@ -28,18 +28,18 @@ class Hosts:
 
     rendezvous: str
     lost: tuple[str, str] | None
-    """(reason, detail) of the node that has failed."""
+    """(reason, detail) of the node that has failed first."""
 
 
 def hosts_of(run_id: int, attempt: int) -> Hosts:
     """As node 0 has told it, and the others."""
-    rows = list(Node.objects.filter(run=run_id, attempt=attempt).order_by("rank").values_list("rank", "rendezvous", "outcome", "reason", "detail"))
-    others = [row for row in rows if row[0] > 0]
-    failed = [(reason, detail) for _, _, outcome, reason, detail in others if outcome == "failed"]
+    rows = Node.objects.filter(run=run_id, attempt=attempt).order_by("left_at", "rank")
+    nodes = list(rows.values_list("rank", "rendezvous", "outcome", "reason", "detail"))
+    failed = [(reason, detail) for rank, _, outcome, reason, detail in nodes if rank and outcome == "failed"]
     plain = [lost for lost in failed if lost[0] != PEER_LOST]
-    all_left = all(outcome for _, _, outcome, _, _ in others)
+    all_left = all(outcome for rank, _, outcome, _, _ in nodes if rank)
     lost = plain[0] if plain else failed[0] if failed and all_left else None
-    return Hosts(rows[0][1] if rows else "", lost)
+    return Hosts(next((place for rank, place, *_ in nodes if rank == 0), ""), lost)
 
 
 def may_speak(run_id: int, attempt: int, rank: int, bearer: str) -> bool:
@@ -66,8 +66,23 @@ def announce(run_id: int, attempt: int, rendezvous: str) -> None:
 
 def leave_node(run_id: int, attempt: int, rank: int, *, outcome: str, reason: str, detail: str) -> None:
     """The node's ranks have ended. The first word counts."""
-    if present(run_id, attempt, rank).update(outcome=outcome, reason=reason[:64], detail=detail):
+    if present(run_id, attempt, rank).update(outcome=outcome, reason=reason[:64], detail=detail, left_at=Now()):
         publish_run(run_id)
+
+
+def close_nodes(run: Run, *, outcome: str, reason: str, detail: str) -> None:
+    """The present attempt of `run`, which the caller has locked, is over, as node 0 has said or as was said for it. Hosts that had no word
+    ended as it did or, where it failed, were stopped.
+    """
+    silent = Node.objects.filter(run=run.pk, attempt=run.attempt, attempt__gt=0, outcome="")
+    silent.filter(rank=0).update(outcome=outcome, reason=reason[:64], detail=detail, left_at=Now())
+    silent.update(outcome="stopped" if outcome == "failed" else outcome, left_at=Now())
+
+
+def never_taken(run: Run) -> bool:
+    """Whether a host let its time pass without taking its part in the present attempt: the ranks never met, and nothing was trained."""
+    untaken = Node.objects.filter(run=run.pk, attempt=run.attempt, attempt__gt=0, token_sha256="")
+    return untaken.filter(Q(rank=0) | Q(lease_until__lt=Now())).exists()
 
 
 def lose_silent_nodes() -> list[int]:
@@ -76,6 +91,8 @@ def lose_silent_nodes() -> list[int]:
     silent = live.select_for_update(skip_locked=True, of=("self",)).filter(attempt__gt=0, rank__gt=0, outcome="", lease_until__lt=Now())
     lost = list(silent.select_related("worker").order_by("pk")[:1000])
     for node in lost:
-        detail = f"node {node.rank} on {node.worker.name} was not heard from for its whole lease"
-        leave_node(node.run_id, node.attempt, node.rank, outcome="failed", reason="worker_lost", detail=detail)
+        was = "was not heard from for its whole lease" if node.token_sha256 else "did not take its part in time"
+        leave_node(
+            node.run_id, node.attempt, node.rank, outcome="failed", reason="worker_lost", detail=f"node {node.rank} on {node.worker.name} {was}"
+        )
     return [node.run_id for node in lost]

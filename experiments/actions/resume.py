@@ -19,7 +19,7 @@ def resume(run_id: int, *, by: str) -> Run:
         # Its supervisor may have begun to stop: the attempt then ends as paused, and is queued again (see attempt.end_attempt).
         transition(run, State.RUNNING, by=by, asked="be resumed", desired=Desired.RUN)
     elif run.state == State.PAUSED:
-        transition(run, State.QUEUED, by=by, asked="be resumed", desired=Desired.RUN, attempts_without_progress=0)
+        transition(run, State.QUEUED, by=by, asked="be resumed", desired=Desired.RUN, attempts_without_progress=0, attempts_not_taken=0)
         ring_after_commit()
     else:
         raise StateConflict(run, "be resumed")

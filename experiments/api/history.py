@@ -12,7 +12,15 @@ from rest_framework.response import Response
 from experiments import access
 from experiments.api.endpoint import Endpoint, Query, items, parameters
 from experiments.api.problems import FieldError, Problem
-from experiments.api.resources import CheckpointResource, TransitionResource, checkpoint_json, transition_json
+from experiments.api.resources import (
+    CheckpointResource,
+    NodeResource,
+    TransitionResource,
+    checkpoint_json,
+    node_json,
+    nodes_of,
+    transition_json,
+)
 from spec.diff import diff
 
 
@@ -20,6 +28,13 @@ class TransitionList(BaseModel):
     """A run's whole history."""
 
     items: list[TransitionResource]
+    next_cursor: None
+
+
+class NodeList(BaseModel):
+    """The hosts of a run's attempts; empty for a run on one host."""
+
+    items: list[NodeResource]
     next_cursor: None
 
 
@@ -59,6 +74,15 @@ class Transitions(Endpoint):
     def get(self, request: Request, run_id: int) -> Response:
         """Who moved the run where, when and why, in order."""
         return items([transition_json(row) for row in self.run(run_id).transitions.order_by("id")])
+
+
+class Nodes(Endpoint):
+    """The hosts of a run that is on several."""
+
+    @extend_schema(operation_id="list_nodes", responses=NodeList)
+    def get(self, request: Request, run_id: int) -> Response:
+        """Those of each attempt, the newest attempt first: which ranks were where, and how they ended."""
+        return items([node_json(row) for row in nodes_of(self.run(run_id))])
 
 
 class Checkpoints(Endpoint):

@@ -6,10 +6,10 @@ from datetime import datetime
 from typing import Any
 
 from django.conf import settings
-from django.db.models import prefetch_related_objects
+from django.db.models import QuerySet, prefetch_related_objects
 from pydantic import BaseModel, ConfigDict, Field
 
-from experiments.models import Checkpoint, Run, State, Token, Transition
+from experiments.models import Checkpoint, Node, Run, State, Token, Transition
 
 
 class Out(BaseModel):
@@ -19,15 +19,18 @@ class Out(BaseModel):
 
 
 class NodeResource(Out):
-    """A host of a run that is on several; `outcome` is "" while its ranks train."""
+    """A host of an attempt that is on several: node `rank`, with the run's `ranks`; `outcome` is "" while they train."""
 
+    attempt: int
     rank: int
     worker: str
     host: str
     devices: list[str]
+    ranks: list[int]
     outcome: str
     reason: str
     detail: str
+    left_at: datetime | None
 
 
 class RunResource(Out):
@@ -115,9 +118,22 @@ def run_json(run: Run, *, spec: bool = False, sparkline: list[float] | None = No
 
 def _nodes(run: Run) -> list[NodeResource]:
     prefetch_related_objects([run], "nodes__worker")  # unless that was done for a whole list
-    rows = sorted((node for node in run.nodes.all() if node.attempt == run.attempt), key=lambda node: node.rank)
-    same = ("rank", "devices", "outcome", "reason", "detail")
-    return [NodeResource(worker=row.worker.name, host=row.worker.host, **{name: getattr(row, name) for name in same}) for row in rows]
+    return [_node(row) for row in sorted(run.nodes.all(), key=lambda node: node.rank) if row.attempt == run.attempt]
+
+
+def _node(row: Node) -> NodeResource:
+    same = set(NodeResource.model_fields) - {"worker", "host"}
+    return NodeResource(worker=row.worker.name, host=row.worker.host, **{name: getattr(row, name) for name in same})
+
+
+def nodes_of(run: Run) -> QuerySet[Node]:
+    """The hosts of all attempts, the newest attempt's first, with their workers."""
+    return run.nodes.filter(attempt__gt=0).select_related("worker").order_by("-attempt", "rank")
+
+
+def node_json(row: Node) -> dict[str, Any]:
+    """`row.worker` should have been selected with it."""
+    return _node(row).model_dump(mode="json")
 
 
 def _progress(run: Run) -> float:

@@ -35,6 +35,7 @@ urlpatterns = [
     path("runs/<int:run_id>/restart", verbs.Restart.as_view()),
     path("runs/<int:run_id>/clone", verbs.Clone.as_view()),
     path("runs/<int:run_id>/transitions", history.Transitions.as_view()),
+    path("runs/<int:run_id>/nodes", history.Nodes.as_view()),
     path("runs/<int:run_id>/checkpoints", history.Checkpoints.as_view()),
     path("runs/<int:run_id>/diff", history.Diff.as_view()),
     path("runs/<int:run_id>/generations", generations.Generations.as_view()),

@@ -93,6 +93,11 @@ class Workers(Endpoint):
         return WorkerResource(**same, busy=busy, runs=runs, alive=alive).model_dump(mode="json")
 
 
+def _heard_from(principal: access.Principal) -> dict[str, Any]:
+    """What a worker's row says once it has spoken."""
+    return {"last_seen": Now(), "token_id": principal.token_id}
+
+
 class Hello(Endpoint):
     """A worker's sign of life."""
 
@@ -100,7 +105,7 @@ class Hello(Endpoint):
     def post(self, request: Request) -> Response:
         """Registers the worker, or says again that it is there and what it has."""
         told = self.body(HelloBody).model_dump()
-        worker, _ = Worker.objects.update_or_create(name=told.pop("name"), defaults={**told, "last_seen": Now()})
+        worker, _ = Worker.objects.update_or_create(name=told.pop("name"), defaults={**told, **_heard_from(self.principal)})
         return Response({"worker": worker.pk})
 
 
@@ -114,7 +119,7 @@ class ClaimWork(Endpoint):
         worker = Worker.objects.filter(pk=body.worker).first()
         if worker is None:
             raise Problem("invalid", errors=[FieldError(pointer="/worker", detail=f"worker: there is no worker {body.worker}; say hello first")])
-        Worker.objects.filter(pk=worker.pk).update(last_seen=Now())
+        Worker.objects.filter(pk=worker.pk).update(**_heard_from(self.principal))
         runs = access.visible_runs(self.principal, Role.EDITOR)
         found = claim(runs, worker=worker, free_slots=body.free_slots, free_devices=body.free_devices)
         return Response(status=204) if found is None else Response(self._handed_out(found))

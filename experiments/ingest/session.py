@@ -94,7 +94,7 @@ class Session:
         if kind == "rendezvous" and not self.grant.is_recorder:
             place = message.get("at")
             if not isinstance(place, str) or not _PLACE.fullmatch(place):
-                raise FrameError("rendezvous.at must be an address and a port")
+                raise FrameError("rendezvous.at must be an address, without a zone (%eth0), and a port: at most 96 characters")
             announce(self.grant.run_id, self.grant.attempt, place)
         elif kind != "heartbeat":
             raise FrameError(f"unknown text frame {kind!r:.40}")

@@ -13,7 +13,8 @@ class Node(models.Model):
     """A place kept while a run gathers its hosts (attempt 0), then node `rank` of an attempt. Both hold the worker's `devices`.
 
     `lease_until` ends the place, or is the node's lease; node 0's is the run's own. `token_sha256` is empty until the worker has taken its
-    part. `rendezvous`, node 0's, is where the ranks meet. `outcome`, with reason and detail, is set once the node has left the attempt.
+    part. `rendezvous`, node 0's, is where the ranks meet. `outcome`, with reason, detail and the time, is set once the node has left the attempt:
+    succeeded, failed, cancelled, paused, or stopped because the attempt had failed elsewhere.
     """
 
     run = models.ForeignKey(Run, models.CASCADE, related_name="nodes")
@@ -28,6 +29,7 @@ class Node(models.Model):
     outcome = models.CharField(max_length=16, default="", blank=True)
     reason = models.CharField(max_length=64, default="", blank=True)
     detail = models.TextField(default="", blank=True)
+    left_at = models.DateTimeField(null=True)
 
     class Meta:
         constraints = [
@@ -38,3 +40,8 @@ class Node(models.Model):
 
     def __str__(self) -> str:
         return f"node {self.rank} of run {self.run_id}, attempt {self.attempt}"
+
+    @property
+    def ranks(self) -> list[int]:
+        """The run's ranks on this host: one for each device, after those of the hosts before it."""
+        return list(range(self.rank * len(self.devices), (self.rank + 1) * len(self.devices)))

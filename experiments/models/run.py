@@ -68,6 +68,7 @@ class Run(models.Model):
     attempt = models.IntegerField(default=0)
     attempt_token_sha256s = ArrayField(models.CharField(max_length=64), default=list)
     attempts_without_progress = models.IntegerField(default=0)
+    attempts_not_taken = models.IntegerField(default=0)
     progress_checkpoint_step = models.IntegerField(default=0)
     lease_until = models.DateTimeField(null=True)
     worker = models.ForeignKey(Worker, models.SET_NULL, null=True, related_name="runs")
@@ -116,6 +117,7 @@ class Run(models.Model):
             models.Index(fields=["-created_at", "-id"], name="run_newest"),
             models.Index(fields=["project", "-created_at", "-id"], name="run_newest_of_project"),
             models.Index(fields=["-priority", "created_at", "id"], name="run_queue", condition=models.Q(state="queued")),
+            models.Index(fields=["-priority", "created_at", "id"], name="run_queue_wide", condition=models.Q(state="queued", node_count__gt=1)),
             models.Index(fields=["lease_until"], name="run_leases", condition=models.Q(lease_until__isnull=False)),
             GinIndex(fields=["tags"], name="run_tags"),
         ]

@@ -6,9 +6,14 @@ from typing import Any
 
 from django.db import models
 
+from experiments.models.token import Token
+
 
 class Worker(models.Model):
-    """A host that takes runs. `devices` is a list of {kind, index, name, memory_bytes}; `slots` runs fit on it at once."""
+    """A host that takes runs. `devices` is a list of {kind, index, name, memory_bytes}; `slots` runs fit on it at once.
+
+    `token` is the one with which it spoke last: what that may see, the worker may take.
+    """
 
     name = models.CharField(max_length=200, unique=True)
     host = models.CharField(max_length=200)
@@ -16,6 +21,7 @@ class Worker(models.Model):
     version = models.CharField(max_length=64)
     devices: models.JSONField[list[dict[str, Any]]] = models.JSONField(default=list)
     slots = models.IntegerField()
+    token = models.ForeignKey(Token, models.SET_NULL, null=True, related_name="workers")
     last_seen = models.DateTimeField()
     created_at = models.DateTimeField(auto_now_add=True)
 

@@ -9,7 +9,7 @@ from django.http import Http404, HttpRequest, HttpResponse
 from django.shortcuts import render
 
 from experiments.access import Principal, roles_include, visible_runs
-from experiments.api.resources import run_json
+from experiments.api.resources import nodes_of, run_json
 from experiments.models import Role, Run
 from experiments.pages import placement, specialisation
 from experiments.pages.gate import page
@@ -44,7 +44,7 @@ def panel(request: HttpRequest, principal: Principal, run_id: int, panel: str) -
     """A tab of the page, fetched when it is opened."""
     run = run_of(principal, run_id)
     if panel == "timeline":
-        return render(request, "pages/_timeline.html", {"transitions": run.transitions.order_by("-id")})
+        return render(request, "pages/_timeline.html", {"transitions": run.transitions.order_by("-id"), "nodes": nodes_of(run), "run": run})
     if panel == "checkpoints":
         return render(request, "pages/_checkpoints.html", {"checkpoints": run.checkpoints.order_by("-step", "-attempt")})
     if panel == "specialisation":

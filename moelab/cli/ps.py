@@ -97,6 +97,11 @@ def _show(args: argparse.Namespace) -> int:
     return exit_code.OK
 
 
+def _node(node: dict[str, Any]) -> str:
+    ended = f": {node['outcome']}" + (f" ({node['reason']})" if node["reason"] else "") if node["outcome"] else ""
+    return f"{node['worker']} on {', '.join(node['devices'])}{ended}"
+
+
 def _facts(run: dict[str, Any]) -> list[tuple[str, str]]:
     why = f" ({run['reason']})" if run["reason"] else ""
     facts: list[tuple[str, object]] = [
@@ -110,7 +115,7 @@ def _facts(run: dict[str, Any]) -> list[tuple[str, str]]:
         ("left", duration(run["seconds_left"]) if run["seconds_left"] else ""),
         ("attempt", run["attempt"]),
         ("worker", f"{run['worker']} on {', '.join(run['devices'])}" if run["worker"] and not run["nodes"] else ""),
-        *((f"node {node['rank']}", f"{node['worker']} on {', '.join(node['devices'])}") for node in run["nodes"]),
+        *((f"node {node['rank']}", _node(node)) for node in run["nodes"]),
         ("parameters", f"{count(run['total_params'])}, {count(run['active_params'])} active"),
         ("experts", f"{run['experts']} in {len(run['moe_layers'])} layers, top {run['top_k']}" if run["experts"] else "none"),
         ("validation loss", run["best_val_loss"]),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import TYPE_CHECKING
+
+from moelab.cli import exit_code
 
 if TYPE_CHECKING:
     from moelab.cli import Subparsers
@@ -12,7 +15,7 @@ WORKER = """\
 Takes runs from the server and starts a supervisor for each; a supervisor outlives this process.
   MOELAB_SERVER, MOELAB_TOKEN   the server, and a token with the scope `worker`
   REDIS_URL                     the bell; without it the worker hears of work late
-  MOELAB_HOME                   where runs, checkpoints and spools are kept
+  MOELAB_HOME                   where runs, checkpoints and spools are kept; each worker has one of its own
   MOELAB_SLOTS                  runs at once (one for each CUDA device, else one)
   MOELAB_ADDRESS                where other hosts of a run reach it (the address towards the server)
   MOELAB_WORKER_NAME            its name on the workers page (the host's name)
@@ -32,9 +35,14 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def _worker(args: argparse.Namespace) -> int:
     from workers.app import start_worker
+    from workers.tenant import HomeInUseError
 
-    start_worker()
-    return 0
+    try:
+        start_worker()
+    except HomeInUseError as error:
+        print(f"moelab worker: {error}", file=sys.stderr)
+        return exit_code.FAILED
+    return exit_code.OK
 
 
 def _beat(args: argparse.Namespace) -> int:

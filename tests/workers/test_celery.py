@@ -22,6 +22,7 @@ from moelab.redis_url import celery_broker
 from tests.workers.conftest import PROJECT, Host
 from workers import canary
 from workers.app import app
+from workers.tenant import sole_worker
 
 
 def test_the_settings_that_faults_taught() -> None:
@@ -92,6 +93,9 @@ def ring(url: str) -> None:
 def test_a_bell_starts_what_waits_and_the_runs_outlive_the_killed_worker(
     worker_host: Host, api: Api, celery_worker: subprocess.Popen[bytes], valkey_url: str
 ) -> None:
+    worker_host.wait(lambda: len(api.asked) == 3, 5)
+    assert [path.rpartition("/worker/")[2] for path, *_ in api.asked] == ["hello", "claim", "generations/claim"], "a new worker asks unbidden"
+    api.asked.clear()
     # Two runs for two slots; the third stays with the server. Their telemetry goes nowhere: this server has no ingest socket.
     api.waiting = [worker_host.claim(run=run, steps=5000) for run in (1, 2, 3)]
     ring(valkey_url)
@@ -107,6 +111,26 @@ def test_a_bell_starts_what_waits_and_the_runs_outlive_the_killed_worker(
     time.sleep(1.0)
     assert all(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks)
     assert not worker_host.running("moelab.cli"), "the pool's child has gone with its parent"
+
+
+def test_a_second_worker_is_kept_out_of_a_home_until_the_first_has_gone(celery_worker: subprocess.Popen[bytes], worker_host: Host) -> None:
+    command = [sys.executable, "-m", "moelab.cli", "worker"]
+    second = subprocess.run(command, env=os.environ | {"MOELAB_WORKER_NAME": "second"}, cwd=PROJECT, capture_output=True, text=True, timeout=30)
+    assert second.returncode == 1
+    words = f"moelab worker: a worker (process {celery_worker.pid}) lives in {worker_host.home} already: set MOELAB_HOME to another directory"
+    assert words in second.stderr
+    children = psutil.Process(celery_worker.pid).children()
+    assert children
+    for child in children:
+        child.suspend()
+    celery_worker.kill()
+    celery_worker.wait()
+    try:
+        with sole_worker(worker_host.home):
+            assert (worker_host.home / "worker.pid").read_text() == str(os.getpid()), "a pool's child that outlives its worker holds nothing"
+    finally:
+        for child in children:
+            child.kill()
 
 
 def test_a_canary_is_deaf_only_when_it_rang_and_nobody_heard(monkeypatch: pytest.MonkeyPatch, valkey_url: str) -> None:

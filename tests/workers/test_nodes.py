@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 from typing import Any
 
 import psutil
@@ -123,6 +124,17 @@ def test_a_reason_of_node_0s_own_is_not_replaced(worker_host: Host, monkeypatch:
     assert isinstance(ended, events.RunEnded) and (ended.outcome, ended.reason) == ("failed", "nan_loss")
 
 
+@pytest.mark.parametrize(("ranks", "whose"), [(1, "rank 0"), (2, "ranks 0 to 1")])
+def test_a_hang_says_whose_stacks_it_has(worker_host: Host, monkeypatch: pytest.MonkeyPatch, ranks: int, whose: str) -> None:
+    monkeypatch.setenv("FAKE_HANG_AT", "3")
+    monkeypatch.setenv("MOELAB_STEP_TIMEOUT_S", "1")
+    begin(worker_host, 0, steps=100, ranks=ranks)
+    ended = worker_host.wait(worker_host.server.ended)
+    here = socket.gethostname()
+    assert ended.detail.endswith(f"s; the stacks of {whose}, on {here}, are in the log, those of other hosts' ranks are not")
+    assert "Current thread" in ended.log_tail
+
+
 def test_the_address_is_given_or_the_one_by_which_the_server_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     assert own_address() == "127.0.0.1"
     assert interface_of("127.0.0.1") == "lo" and interface_of("203.0.113.9") is None
@@ -144,3 +156,10 @@ def test_a_host_that_cannot_be_met_says_what_it_was_told(monkeypatch: pytest.Mon
     monkeypatch.setenv(name, value)
     with pytest.raises(NoMeeting, match=rf"{name} '{value}'"):
         Meeting.called(2)
+
+
+def test_an_address_that_is_good_on_one_link_alone_is_not_given_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOELAB_ADDRESS", "fe80::1%lo")
+    with pytest.raises(NoMeeting, match=r"MOELAB_ADDRESS 'fe80::1%lo'.*: fe80::1\S* is good on one link, .* others cannot use it"):
+        Meeting.called(2)
+    assert interface_of("127.0.0.1%lo") == "lo", "but a host knows its own link"

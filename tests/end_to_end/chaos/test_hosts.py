@@ -1,4 +1,4 @@
-"""One run on two hosts, each with a network, a host name and a home of its own: they train together, one vanishes, the run goes on."""
+"""One run on several hosts, each with a network, a host name and a home of its own: they train together, one vanishes, the run goes on."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ import pytest
 
 from tests.end_to_end.chaos.conftest import NOT_OURS, PROJECT, Lab, free_port
 
-TWO_HOSTS = {
-    "parallel.data": 2, "parallel.nodes": 2, "parallel.threads": 1, "training.checkpoint_every": 10, "training.eval_every": 0,
+SMALL = {
+    "parallel.threads": 1, "training.checkpoint_every": 10, "training.eval_every": 0,
     "training.batch_size": 4, "data.seq_len": 64, "data.domains": ["tables"], "model.n_layers": 2, "model.d_model": 64,
     "model.moe.d_expert": 64, "model.d_ff": 128,
 }  # fmt: skip
+TWO_HOSTS = SMALL | {"parallel.data": 2, "parallel.nodes": 2}
 
 
 def ip(*arguments: str) -> None:
@@ -47,6 +48,7 @@ def why_not() -> str:
 
 
 ESTABLISHED = "01"
+MAX_HOSTS = 3
 NO_HOSTS = why_not()
 pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.skipif(bool(NO_HOSTS), reason=NO_HOSTS), pytest.mark.timeout(400)]
 
@@ -66,6 +68,9 @@ class TrainingHost:
             ip("-n", name, *command)
 
     def start_worker(self) -> None:
+        """Starts the host's worker, unless it lives."""
+        if any("moelab.cli" in process.cmdline() for process in self.processes()):
+            return
         own_name = ["unshare", "--uts", "sh", "-c", f'hostname {self.name} && exec "$@"', "sh"]
         command = ["nsenter", f"--net=/run/netns/{self.name}", *own_name, sys.executable, "-m", "moelab.cli", "worker"]
         with (self.home / "worker.log").open("ab") as log:
@@ -89,7 +94,7 @@ class TrainingHost:
         return found
 
     def peers(self) -> set[str]:
-        """The addresses to which this host has connections, but for its own."""
+        """The addresses to which this host's rank has connections, but for its own."""
         (trainer,) = self.trainers()
         rows = [line.split() for line in Path(f"/proc/{trainer.pid}/net/tcp").read_text().splitlines()[1:]]
         remote = {socket.inet_ntoa(int(row[2].partition(":")[0], 16).to_bytes(4, sys.byteorder)) for row in rows if row[3] == ESTABLISHED}
@@ -126,12 +131,27 @@ class Network(Lab):
         paths += [path for host in self.hosts for path in host.home.glob("runs/*/attempts/*/log.txt")]
         return super().logs() + "\n".join(f"== {path}\n{path.read_text(errors='replace')[-1500:]}" for path in paths)
 
+    def start(self, count: int) -> list[TrainingHost]:
+        """The first `count` hosts, with a worker on each, and none on the others."""
+        for host in self.hosts[count:]:
+            host.vanish()
+        for host in self.hosts[:count]:
+            host.start_worker()
+        return self.hosts[:count]
+
+    def submit_on_hosts(self, name: str, overrides: dict[str, Any]) -> int:
+        return int(self.client.submit(preset="nano-mixtral", overrides=overrides, name=name)["id"])
+
+    def in_order(self, run_id: int) -> list[TrainingHost]:
+        """The run's hosts, node 0 first."""
+        by_name = {host.name: host for host in self.hosts}
+        return [by_name[node["worker"]] for node in self.run(run_id)["nodes"]]
+
     def run(self, run_id: int) -> dict[str, Any]:
         return dict(self.client.run(run_id))
 
     def transitions(self, run_id: int) -> list[tuple[str, str, str]]:
-        found = self.client.http.request("GET", f"/runs/{run_id}/transitions").json()["items"]
-        return [(row["to_state"], row["reason"], row["detail"]) for row in found]
+        return [(row["to_state"], row["reason"], row["detail"]) for row in self.client.transitions(run_id)]
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +176,7 @@ def lab() -> Iterator[Network]:
         redis = next(json.loads(path.read_text())["REDIS_URL"] for path in home.glob("*.json") if "REDIS_URL" in path.read_text())
         token = str(lab.client.create_token("hosts", ["worker"])["secret"])
         env |= {"MOELAB_SERVER": lab.client.server, "MOELAB_TOKEN": token, "REDIS_URL": redis}
-        hosts += [TrainingHost(f"ml{os.getpid()}h{number}", number, bridge, subnet, env) for number in (1, 2)]
+        hosts += [TrainingHost(f"ml{os.getpid()}h{number}", number, bridge, subnet, env) for number in range(1, MAX_HOSTS + 1)]
         lab.hosts, lab.server_address = hosts, f"{subnet}.1"
         yield lab
     finally:
@@ -180,10 +200,8 @@ def _nothing_is_left(lab: Network) -> Iterator[None]:
 
 
 def test_two_hosts_train_one_run_and_it_survives_the_loss_of_either(lab: Network) -> None:
-    one, two = lab.hosts
-    one.start_worker()
-    steps = 4000
-    run_id = int(lab.client.submit(preset="nano-mixtral", overrides=TWO_HOSTS | {"training.steps": steps}, name="two hosts")["id"])
+    one, two = *lab.start(1), lab.hosts[1]
+    run_id = lab.submit_on_hosts("two hosts", TWO_HOSTS | {"training.steps": 4000})
     lab.wait(lambda: lab.client.http.request("GET", "/workers").json()["items"], 40)
     time.sleep(2)
     assert lab.run(run_id)["state"] == "queued", "half of its hosts are not enough"
@@ -192,9 +210,8 @@ def test_two_hosts_train_one_run_and_it_survives_the_loss_of_either(lab: Network
     run = lab.run(run_id)
     assert run["attempt"] == 1
     assert sorted(node["worker"] for node in run["nodes"]) == [one.name, two.name]
-    assert [len(host.trainers()) for host in lab.hosts] == [1, 1]
-    first = next(host for host in lab.hosts if host.name == run["nodes"][0]["worker"])
-    other = next(host for host in lab.hosts if host is not first)
+    first, other = lab.in_order(run_id)
+    assert [len(host.trainers()) for host in (first, other)] == [1, 1]
     assert [host.peers() - {lab.server_address} for host in (first, other)] == [{other.address}, {first.address}], "they talk to each other"
 
     # A host vanishes with all that runs on it.
@@ -233,10 +250,10 @@ def test_two_hosts_train_one_run_and_it_survives_the_loss_of_either(lab: Network
 
 
 def test_a_killed_rank_ends_the_attempt_on_both_hosts_with_its_own_reason(lab: Network) -> None:
-    run_id = int(lab.client.submit(preset="nano-mixtral", overrides=TWO_HOSTS | {"training.steps": 4000}, name="rank killed")["id"])
+    lab.start(2)
+    run_id = lab.submit_on_hosts("rank killed", TWO_HOSTS | {"training.steps": 4000})
     lab.wait_for_step(run_id, 15, 120)
-    run = lab.run(run_id)
-    other = next(host for host in lab.hosts if host.name == run["nodes"][1]["worker"])
+    _, other = lab.in_order(run_id)
     (rank,) = other.trainers()
     os.kill(rank.pid, signal.SIGKILL)
     lab.wait(lambda: lab.run(run_id)["attempt"] == 2 and lab.run(run_id)["state"] == "running", 90)
@@ -247,11 +264,76 @@ def test_a_killed_rank_ends_the_attempt_on_both_hosts_with_its_own_reason(lab: N
 
 
 def test_a_run_on_two_hosts_has_the_losses_of_one_on_one(lab: Network) -> None:
+    lab.start(2)
     overrides = TWO_HOSTS | {"training.steps": 40}
-    wide = int(lab.client.submit(preset="nano-mixtral", overrides=overrides, name="wide")["id"])
+    wide = lab.submit_on_hosts("wide", overrides)
     assert lab.client.wait(wide, timeout_s=120)["state"] == "succeeded"
-    narrow = int(lab.client.submit(preset="nano-mixtral", overrides=overrides | {"parallel.nodes": 1}, name="narrow")["id"])
+    narrow = lab.submit_on_hosts("narrow", overrides | {"parallel.nodes": 1})
     assert lab.client.wait(narrow, timeout_s=120)["state"] == "succeeded"
     np.testing.assert_array_equal(lab.steps(wide).arrays["step"], np.arange(1, 41))
     np.testing.assert_array_equal(lab.steps(wide).arrays["scalars"][:, :4], lab.steps(narrow).arrays["scalars"][:, :4])
     assert "[0] " in lab.client.http.request("GET", f"/runs/{wide}/logs").text
+
+
+def test_what_is_asked_over_rest_reaches_both_hosts(lab: Network) -> None:
+    """Nothing is saved but on request: checkpoint now, pause, resume, and cancel, at a step and before the first one."""
+    lab.start(2)
+    run_id = lab.submit_on_hosts("asked", TWO_HOSTS | {"training.steps": 100_000, "training.checkpoint_every": 100_000})
+    lab.wait_for_step(run_id, 10, 120)
+    first, other = lab.in_order(run_id)
+    pids = [host.trainers()[0].pid for host in (first, other)]
+    for count in (1, 2):
+        lab.client.checkpoint(run_id)
+        lab.wait(lambda count=count: len(lab.client.checkpoints(run_id)) == count, 10)
+    lab.wait_for_step(run_id, lab.last_step(run_id) + 10)
+    assert len(lab.client.checkpoints(run_id)) == 2, "one for each request"
+    assert [host.trainers()[0].pid for host in (first, other)] == pids, "and it went on"
+    assert [len(list(host.home.glob(f"runs/{run_id}/checkpoints/step-*"))) for host in (first, other)] == [2, 0]
+
+    began = time.monotonic()
+    lab.client.pause(run_id)
+    lab.wait(lambda: lab.run(run_id)["state"] == "paused", 12)
+    print(f"paused after {time.monotonic() - began:.1f} s")
+    lab.wait(lambda: not first.trainers() and not other.trainers(), 5)
+    paused = lab.run(run_id)
+    assert max(row["step"] for row in lab.client.checkpoints(run_id)) == paused["last_step"], "nothing is done twice"
+
+    began = time.monotonic()
+    lab.client.resume(run_id)
+    lab.wait(lambda: lab.run(run_id)["resumed_from_step"] == paused["last_step"], 40)
+    print(f"resumed after {time.monotonic() - began:.1f} s")
+    lab.wait_for_step(run_id, paused["last_step"] + 10)
+    assert lab.run(run_id)["attempt"] == 2 and lab.in_order(run_id) == [first, other]
+
+    lab.client.pause(run_id)
+    lab.client.resume(run_id)  # some of the hosts may have heard of the pause, and some not
+    lab.wait_for_step(run_id, lab.last_step(run_id) + 10)
+    assert lab.run(run_id)["state"] == "running"
+
+    began = time.monotonic()
+    lab.client.cancel(run_id)
+    assert lab.client.wait(run_id, timeout_s=15)["state"] == "cancelled"
+    print(f"cancelled after {time.monotonic() - began:.1f} s")
+    lab.wait(lambda: not first.trainers() and not other.trainers(), 5)
+
+    for verb, state in (("pause", "paused"), ("cancel", "cancelled")):
+        early = lab.submit_on_hosts(f"{verb} before the first step", TWO_HOSTS | {"training.steps": 100_000})
+        lab.wait(lambda early=early: lab.run(early)["state"] == "starting", 30)
+        getattr(lab.client, verb)(early)
+        lab.wait(lambda early=early, state=state: lab.run(early)["state"] == state, 30)
+        lab.wait(lambda: not first.trainers() and not other.trainers(), 5)
+        if verb == "pause":
+            lab.client.cancel(early)
+
+
+@pytest.mark.parametrize("parallel", [{"parallel.data": 3}, {"parallel.expert": 3, "model.moe.n_experts": 6}], ids=["data", "experts"])
+def test_three_hosts_train_one_run(lab: Network, parallel: dict[str, int]) -> None:
+    hosts = lab.start(3)
+    overrides = SMALL | {"parallel.nodes": 3, "training.batch_size": 6, "training.steps": 40} | parallel
+    run_id = lab.submit_on_hosts("three hosts", overrides)
+    lab.wait_for_step(run_id, 3, 120)
+    assert set(lab.in_order(run_id)) == set(hosts)
+    assert lab.client.wait(run_id, timeout_s=60)["state"] == "succeeded"
+    np.testing.assert_array_equal(lab.steps(run_id).arrays["step"], np.arange(1, 41))
+    log = lab.client.http.request("GET", f"/runs/{run_id}/logs").text
+    assert all(f"[{rank}] " in log for rank in range(3))

@@ -10,7 +10,8 @@ from django.contrib.auth.models import User
 from django.utils import timezone
 
 from experiments.actions.submit import submit
-from experiments.models import Membership, Project, Role, Run, Worker
+from experiments.actions.token import issue
+from experiments.models import Membership, Project, Role, Run, Token, Worker
 from spec.experiment import ExperimentSpec
 
 TINY: dict[str, Any] = {
@@ -50,8 +51,10 @@ def queued(priority: int = 0, owner: User | None = None, **spec: Any) -> Run:
     return submit(user=owner or ada(), project=Project.default(), spec=ExperimentSpec.model_validate({**TINY, **spec}), priority=priority)
 
 
-def worker(name: str = "w1", slots: int = 1, cuda: int = 0, host: str | None = None) -> Worker:
-    """A worker that has just said hello."""
+def worker(name: str = "w1", slots: int = 1, cuda: int = 0, host: str | None = None, token: Token | None = None) -> Worker:
+    """A worker that has just said hello, with Ada's token unless another is given."""
     devices = [{"kind": "cpu", "index": 0, "name": "CPU", "memory_bytes": 1}]
     devices += [{"kind": "cuda", "index": i, "name": "GPU", "memory_bytes": 1} for i in range(cuda)]
-    return Worker.objects.create(name=name, host=host or name, pid=1, version="0", devices=devices, slots=slots, last_seen=timezone.now())
+    token = token or Token.objects.filter(user=ada(), name="workers").first() or issue(user=ada(), name="workers", scopes=["worker"]).token
+    facts = {"pid": 1, "version": "0", "devices": devices, "slots": slots, "last_seen": timezone.now(), "token": token}
+    return Worker.objects.create(name=name, host=host or name, **facts)

@@ -1,4 +1,4 @@
-"""Runs on several hosts: all of them get it at once or nobody does, nobody waits for ever, and each host speaks for itself."""
+"""Runs on several hosts: all of them get it at once or nobody does, and nobody waits for ever."""
 
 from __future__ import annotations
 
@@ -9,41 +9,19 @@ from typing import Any
 
 import pytest
 from django.db import connection
-from rest_framework.test import APIClient
+from django.test.utils import CaptureQueriesContext
 
 from experiments import doorbell
-from experiments.actions.attempt import authenticate_ingest, renew_lease
+from experiments.actions import gather
+from experiments.actions.attempt import authenticate_ingest
 from experiments.actions.cancel import cancel
-from experiments.actions.claim import Claim, claim
-from experiments.actions.gather import GATHER_S, PATIENCE_S
-from experiments.actions.node import announce, hosts_of, leave_node, renew_node
+from experiments.actions.claim import Claim
+from experiments.actions.gather import GATHER_S
 from experiments.actions.now import after_now
-from experiments.models import Node, Presence, Run, State, Transition, Worker
-from experiments.reconcile import reconcile_once
+from experiments.models import Node, Run, State, Worker
 from tests.experiments.engine import people
 from tests.experiments.engine.conftest import Speak
-
-PAIR = {"data": 2, "nodes": 2}
-
-
-def ask(worker: Worker, devices: list[str] | None = None) -> Claim | None:
-    return claim(Run.objects.all(), worker=worker, free_slots=worker.slots, free_devices=["cpu:0"] if devices is None else devices)
-
-
-def pair(**fields: Any) -> Run:
-    return people.queued(parallel=PAIR, **fields)
-
-
-def state(run: Run) -> str:
-    return Run.objects.get(pk=run.pk).state
-
-
-def places_are_over() -> None:
-    Node.objects.filter(attempt=0).update(lease_until=after_now(-1))
-
-
-def has_waited(run: Run) -> None:
-    Transition.objects.filter(run=run).update(at=after_now(-PATIENCE_S - 1))
+from tests.experiments.engine.pairs import ask, has_waited, pair, places_are_over, state
 
 
 @pytest.fixture
@@ -59,17 +37,6 @@ def rung(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(doorbell, "ring", lambda queue=doorbell.QUEUE: queues.append(queue) or True)
     monkeypatch.setattr(doorbell._ringer, "submit", at_once)
     return queues
-
-
-def granted(*workers: Worker) -> tuple[Run, list[Claim]]:
-    """A pair's run on the workers, in the order of their asking, and what each of them got."""
-    run = pair()
-    first, second = workers
-    assert ask(first) is None
-    last = ask(second)
-    earlier = ask(first)
-    assert earlier and last
-    return run, [earlier, last]
 
 
 @pytest.mark.django_db
@@ -213,6 +180,13 @@ class TestTheCheckpointsHost:
         assert claimed and claimed.node == 0 and Run.objects.get(pk=run.pk).worker == home
         assert ask(other).node == 1  # type: ignore[union-attr]
 
+    def test_of_two_workers_on_that_host_the_one_that_saved_it(self) -> None:
+        run, other, home = pair(), people.worker("other", host="h"), people.worker("home", host="h")
+        Run.objects.filter(pk=run.pk).update(worker=home, progress_checkpoint_step=10)
+        assert ask(other) is None
+        claimed = ask(home)
+        assert claimed and claimed.node == 0
+
     def test_no_others_make_the_run_while_it_lives_but_they_do_when_it_is_gone(self) -> None:
         run, home = pair(), people.worker("home")
         two_others = [people.worker(name) for name in ("a", "b")]
@@ -230,6 +204,105 @@ class TestTheCheckpointsHost:
         Run.objects.filter(pk=run.pk).update(resume_from={"run": 1, "step": 40, "path": "/c/40", "host": "there"})
         assert ask(here) is None
         assert ask(there).node == 0  # type: ignore[union-attr]
+
+
+@pytest.mark.django_db
+class TestAQueueOfRunsThatCannotBeHad:
+    @pytest.mark.parametrize("count", [3, 30])
+    def test_they_hide_neither_a_run_on_several_hosts_nor_one_on_one_and_cost_no_query(self, count: int) -> None:
+        one, two = people.worker("one", slots=4), people.worker("two", slots=4)
+        busy = people.worker("busy", slots=0)
+        many = {"parallel": {"data": 4, "nodes": 4}, "training": {"steps": 20, "batch_size": 4}}
+        for index in range(count):
+            bound = people.queued(**many) if index % 2 else pair()
+            Run.objects.filter(pk=bound.pk).update(worker=busy, progress_checkpoint_step=10)
+        wide, short = pair(), people.queued()
+        with CaptureQueriesContext(connection) as queries:
+            taken = ask(one)
+        assert taken and taken.run == short and Node.objects.get().run == wide
+        assert len(queries) < 60
+        assert ask(two).run == wide  # type: ignore[union-attr]
+
+    def test_runs_that_others_are_gathering_on_another_kind_of_device_do_not_hide_one(self) -> None:
+        for index in range(30):
+            gpu = people.worker(f"gpu{index}", cuda=1)
+            Node.objects.create(run=pair(priority=1), worker=gpu, devices=["cuda:0"], lease_until=after_now(GATHER_S))
+        wide = pair()
+        people.worker("cpu")
+        with CaptureQueriesContext(connection) as queries:
+            assert ask(people.worker("another cpu")) is None
+        assert Node.objects.filter(run=wide, worker__name="another cpu").exists()
+        assert len(queries) < 60
+
+
+class Asking(threading.Thread):
+    """A worker that asks in a transaction of its own; `result()` is what it got, or raises what went wrong."""
+
+    def __init__(self, worker: Worker) -> None:
+        super().__init__(daemon=True)
+        self._worker, self._done = worker, Future[Claim | None]()
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._done.set_result(ask(self._worker))
+        except Exception as error:
+            self._done.set_exception(error)
+        finally:
+            connection.close()
+
+    def result(self) -> Claim | None:
+        return self._done.result(10)
+
+    def waits(self, seconds: float = 0.5) -> bool:
+        self.join(seconds)
+        return self.is_alive()
+
+
+@pytest.fixture
+def at_join(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], object]]:
+    """What each claim does, in turn, when it has locked the first run on several hosts and is about to join it."""
+    stops: list[Callable[[], object]] = []
+    join = gather.join
+
+    def stop_first(*arguments: Any) -> None:
+        if stops:
+            stops.pop(0)()
+        join(*arguments)
+
+    monkeypatch.setattr(gather, "join", stop_first)
+    return stops
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_host_that_asks_while_another_joins_waits_for_it_and_takes_nothing_less_urgent(at_join: list[Callable[[], object]]) -> None:
+    one, two = people.worker("one"), people.worker("two")
+    wide, short = pair(), people.queued()
+    joining, go_on = threading.Event(), threading.Event()
+    at_join.append(lambda: (joining.set(), go_on.wait(10)))
+    first = Asking(one)
+    assert joining.wait(10)
+    second = Asking(two)
+    assert second.waits(), "the run is being gathered at this moment: it is worth a moment"
+    go_on.set()
+    got = second.result()
+    assert first.result() is None and got and (got.run, got.node) == (wide, 1)
+    assert state(short) == State.QUEUED
+
+
+@pytest.mark.django_db(transaction=True)
+def test_two_hosts_that_join_two_runs_in_opposite_order_do_not_wait_for_each_other(at_join: list[Callable[[], object]]) -> None:
+    one, two = people.worker("one", slots=3), people.worker("two", slots=3)
+    people.worker("three", slots=3)
+    left, right = (people.queued(parallel={"data": 3, "nodes": 3}, training={"steps": 20, "batch_size": 3}) for _ in range(2))
+    both, joining = threading.Barrier(2, timeout=10), threading.Event()
+    at_join += [lambda: (joining.set(), both.wait()), both.wait]
+    first = Asking(one)
+    assert joining.wait(10), "one has locked `left`, and goes on to `right`"
+    Run.objects.filter(pk=right.pk).update(priority=5)
+    second = Asking(two)
+    assert [first.result(), second.result()] == [None, None]
+    assert set(Node.objects.values_list("run", "worker")) == {(run.pk, worker.pk) for run in (left, right) for worker in (one, two)}
 
 
 @pytest.mark.django_db(transaction=True)
@@ -268,20 +341,6 @@ def test_hosts_that_ask_at_once_never_share_a_device_and_never_get_half_a_run() 
 
 
 @pytest.mark.django_db
-def test_the_hosts_are_shown_with_the_run_and_the_run_with_each_host(ada: APIClient) -> None:
-    one, two = people.worker("one", host="h1"), people.worker("two", host="h2")
-    run, _ = granted(one, two)
-    shown = ada.get(f"/api/v1/runs/{run.pk}").json()
-    assert (shown["node_count"], shown["worker"]) == (2, "one")
-    same = {"devices": ["cpu:0"], "outcome": "", "reason": "", "detail": ""}
-    assert shown["nodes"] == [{"rank": 0, "worker": "one", "host": "h1", **same}, {"rank": 1, "worker": "two", "host": "h2", **same}]
-    workers = {row["name"]: (row["busy"], row["runs"]) for row in ada.get("/api/v1/workers").json()["items"]}
-    assert workers == {"one": (1, [run.pk]), "two": (1, [run.pk])}
-    alone = people.queued()
-    assert ada.get(f"/api/v1/runs/{alone.pk}").json()["nodes"] == []
-
-
-@pytest.mark.django_db
 def test_a_worker_gets_its_part_over_rest(as_user: Speak) -> None:
     worker = as_user(None, "worker")
     pair()
@@ -290,78 +349,3 @@ def test_a_worker_gets_its_part_over_rest(as_user: Speak) -> None:
     last, first = (worker.post("/api/v1/worker/claim", body, format="json").json() for body in reversed(bodies))
     assert [(part["node"], part["nodes"], part["attempt"]) for part in (first, last)] == [(0, 2, 1), (1, 2, 1)]
     assert last["ingest_url"].endswith("?attempt=1&node=1") and first["token"] != last["token"]
-
-
-@pytest.mark.django_db
-class TestAHostOfAnAttempt:
-    def test_where_the_ranks_meet_reaches_the_others(self) -> None:
-        run, _ = granted(people.worker("one"), people.worker("two"))
-        assert hosts_of(run.pk, 1).rendezvous == ""
-        announce(run.pk, 1, "10.0.0.1:4711")
-        command = renew_lease(run.pk, 1)
-        assert command and command.hosts and (command.hosts.rendezvous, command.hosts.lost) == ("10.0.0.1:4711", None)
-
-    def test_a_host_that_is_not_heard_from_is_given_up_and_node_0_is_told_why(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(doorbell, "ring", lambda *_: True)
-        run, _ = granted(people.worker("one"), people.worker("two"))
-        Presence.objects.create(name="web", up_since=after_now(-60), last_seen=after_now(0))
-        assert renew_node(run.pk, 1, 1)
-        reconcile_once()
-        assert hosts_of(run.pk, 1).lost is None
-        Node.objects.filter(run=run, rank=1).update(lease_until=after_now(-1))
-        assert reconcile_once() == [], "the attempt is node 0's to end"
-        assert hosts_of(run.pk, 1).lost == ("worker_lost", "node 1 on two was not heard from for its whole lease")
-        assert not renew_node(run.pk, 1, 1), "it is fenced, should it come back"
-        assert renew_lease(run.pk, 1) is not None
-
-    def test_after_an_outage_no_host_is_given_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(doorbell, "ring", lambda *_: True)
-        run, _ = granted(people.worker("one"), people.worker("two"))
-        Node.objects.filter(run=run, rank=1).update(lease_until=after_now(-1))
-        Presence.objects.create(name="web", up_since=after_now(-5), last_seen=after_now(0))
-        reconcile_once()
-        assert hosts_of(run.pk, 1).lost is None and renew_node(run.pk, 1, 1)
-
-    def test_the_reason_of_a_host_comes_before_that_of_one_which_only_lost_its_peers(self) -> None:
-        run = people.queued(parallel={"data": 3, "nodes": 3}, training={"steps": 20, "batch_size": 3})
-        for name in ("one", "two", "three"):
-            ask(people.worker(name)) if name == "three" else people.worker(name)
-        for name in ("one", "two"):
-            ask(Worker.objects.get(name=name))
-        leave_node(run.pk, 1, 1, outcome="failed", reason="peer_lost", detail="connection reset")
-        assert hosts_of(run.pk, 1).lost is None, "the third may still say why"
-        leave_node(run.pk, 1, 2, outcome="failed", reason="rank_killed", detail="rank 2 was ended by SIGKILL")
-        leave_node(run.pk, 1, 2, outcome="failed", reason="error", detail="twice")
-        assert hosts_of(run.pk, 1).lost == ("rank_killed", "rank 2 was ended by SIGKILL")
-
-    def test_a_later_attempt_fences_every_host(self) -> None:
-        one, two = people.worker("one"), people.worker("two")
-        run, claims = granted(one, two)
-        Run.objects.filter(pk=run.pk).update(state=State.QUEUED)
-        assert not renew_node(run.pk, 1, 1) and renew_lease(run.pk, 1) is None
-        assert ask(two) is None
-        assert ask(one)
-        assert Run.objects.get(pk=run.pk).attempt == 2
-        assert not renew_node(run.pk, 1, 1)
-        assert authenticate_ingest(run.pk, 2, claims[1].token, node=1) is None
-
-    def test_the_hosts_devices_are_taken_until_the_attempt_is_over_and_then_all_free(self) -> None:
-        one, two = people.worker("one"), people.worker("two")
-        run, _ = granted(one, two)
-        singles = [people.queued(), people.queued()]
-        leave_node(run.pk, 1, 1, outcome="failed", reason="rank_killed", detail="")
-        assert ask(one) is None and ask(two) is None
-        Run.objects.filter(pk=run.pk).update(state=State.FAILED)
-        assert {ask(one).run, ask(two).run} == set(singles)  # type: ignore[union-attr]
-
-    def test_a_part_that_its_worker_never_took_is_lost_like_any_host(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(doorbell, "ring", lambda *_: True)
-        one, two = people.worker("one"), people.worker("two")
-        run = pair()
-        ask(two)
-        assert ask(one)
-        Presence.objects.create(name="web", up_since=after_now(-60), last_seen=after_now(0))
-        Run.objects.filter(pk=run.pk).update(lease_until=after_now(-1))
-        assert reconcile_once() == [run.pk], "node 0 was two's"
-        assert ask(two) is None, "what it was granted is over; it has a new place"
-        assert Node.objects.filter(run=run, attempt=0, worker=two).exists()

@@ -108,6 +108,7 @@ async def test_the_logs_of_all_hosts_are_one_log(run: Run) -> None:
         (0, ONE, '{"type":"left","outcome":"failed"}'),
         (0, ONE, '{"type":"rendezvous","at":"10.0.0.1"}'),
         (0, ONE, '{"type":"rendezvous","at":["10.0.0.1:1"]}'),
+        (0, ONE, '{"type":"rendezvous","at":"[fe80::1%eth0]:4711"}'),
     ],
 )
 async def test_what_is_not_a_nodes_to_say_is_refused(run: Run, node: int, token: tuple[bytes, bytes], frame: bytes | str) -> None:
