@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,17 @@ from torch import Tensor
 from moe.train import checkpoint
 from moe.train.corpus import Domain
 from moe.train.ranks import Ranks
-from moe.train.stop import SpecRefused
+from moe.train.stop import DiskFull, SpecRefused
 
 _CORPUS_SAMPLE = 1_000_000  # Tokens of each stream that tell one corpus from another.
+RESERVE = 3  # A run does not start where fewer of its checkpoints than this would fit on the disk.
+
+
+def check_room(ranks: Ranks, directory: Path, checkpoint_bytes: int) -> None:
+    """Raises DiskFull, on every rank, where RESERVE checkpoints of that size would not fit on the disk of rank 0, which writes them."""
+    free = ranks.from_first(shutil.disk_usage(directory).free)
+    if free < RESERVE * checkpoint_bytes:
+        raise DiskFull(f"{directory} has {free / 1e9:.2f} GB free; a checkpoint takes {checkpoint_bytes / 1e9:.2f} GB, and {RESERVE} must fit")
 
 
 def load_checkpoint(ranks: Ranks, directory: Path, step: int) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:

@@ -80,8 +80,6 @@ class Learner:
         if spec.training.compile:
             check_compiler(ranks.device)
             self.model.compile_blocks()
-        self.parameters = list(self.model.parameters())
-        self.trained = [parameter for parameter in self.parameters if parameter.requires_grad]
         self.optimizer = AdamW(self.model, spec.optimizer, ranks.mesh)
         self.reading = reading.of_device(ranks.device)
         self._loader = Loader(batches, spec.training.grad_accumulation, ranks, ahead=ranks.device.type == "cuda")
@@ -91,11 +89,6 @@ class Learner:
     def late(self) -> bool:
         """Whether a step's figures are better read when the next one has been handed to the device."""
         return self.reading.late
-
-    @property
-    def checkpoint_bytes(self) -> int:
-        """Size of a checkpoint: weights, and AdamW's two moments of those that are trained."""
-        return sum(parameter.numel() * parameter.element_size() for parameter in [*self.parameters, *self.trained, *self.trained])
 
     def autocast(self) -> AbstractContextManager[object]:
         """bfloat16 matrix products, where the spec asks for them."""
