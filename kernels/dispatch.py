@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import attention_cpu, attention_masked, experts_cpu, experts_grouped, experts_naive, experts_padded, rms_norm_cpu, router_naive
+from kernels import attention_cpu, attention_masked, experts_cpu, experts_grouped, experts_naive, experts_padded, launcher, rms_norm_cpu, router_naive
 from kernels import expert_linear as linear
 
 if TYPE_CHECKING:
     from kernels.grouped_gemm_triton import Tiles
 
-HAS_TRITON = find_spec("triton") is not None  # asked once: a compiled layer must not look for modules
+TRITON_LACKS = launcher.lacking()  # asked once: a compiled layer must not look for programs
+HAS_TRITON = TRITON_LACKS is None
 WANTED = os.environ.get("MOELAB_EXPERTS") or None
 """What runs the experts on a CUDA device, whatever would be chosen: "triton", "grouped_mm" or "naive"."""
 
@@ -89,7 +89,8 @@ def _expert_ffn(device: str, dtype: torch.dtype, *, padded: bool = False, aligne
         return next(name for name, able in can.items() if able)
     if not can.get(WANTED):
         ways = ", ".join(name for name, able in can.items() if able)
-        raise ValueError(f"MOELAB_EXPERTS is {WANTED!r}; what can run experts in {str(dtype).removeprefix('torch.')} on {device} here: {ways}")
+        lacks = f" (not Triton: {TRITON_LACKS})" if WANTED == "triton" and not HAS_TRITON else ""
+        raise ValueError(f"MOELAB_EXPERTS is {WANTED!r}; what can run experts in {str(dtype).removeprefix('torch.')} on {device} here: {ways}{lacks}")
     return WANTED
 
 
@@ -163,7 +164,7 @@ def implementations(
 
     `padded`: the experts run over exactly their capacity; `masked`: some attention is not plainly causal;
     `aligned`: see `is_aligned`, of the model's and the experts' widths; `compiled`: training's blocks go through torch.compile; `scored`: experts
-    and k of a router that takes the k highest scores (others are plain torch).
+    and k of a router that takes the k highest scores (others are plain torch). Where Triton would run but cannot, `triton` says why.
     """
     kind = torch.device(device).type
     ours = kind == "cpu" and not compiled
@@ -174,4 +175,5 @@ def implementations(
         **({"attention (masked)": "blocks"} if masked else {}),
         "rms_norm": "cpu" if ours else "torch",
         **({"blocks": "torch.compile"} if compiled else {}),
+        **({"triton": f"not used: {TRITON_LACKS}"} if kind == "cuda" and TRITON_LACKS else {}),
     }

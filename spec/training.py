@@ -47,7 +47,7 @@ class Training(Part):
     activation_recompute: bool = field(False, "Recompute each layer's activations in the backward pass to save memory.")
     compile: bool = field(
         False,
-        "Run the layers through torch.compile: faster steps after a slower start. Needs Triton on CUDA, a C++ compiler on a CPU.",
+        "Run the layers through torch.compile: faster steps after a slower start. Needs Triton and a C compiler on CUDA, a C++ compiler on a CPU.",
     )
 
     @property

@@ -102,8 +102,9 @@ def test_half_precision(on_triton):
 
 
 @pytest.mark.slow
-def test_it_compiles_without_a_graph_break(on_triton):
+def test_it_compiles_without_a_graph_break(on_triton, monkeypatch):
     """As `moe.experts` calls it, what chooses the implementation included, forward and backward."""
+    monkeypatch.setattr(dispatch, "HAS_TRITON", True)
     torch.manual_seed(0)
     layer, x = layer_of(bias="expert", activation="swiglu_clamped"), torch.randn(21, D, requires_grad=True)
     expert_TK, gate_TK = torch.rand(21, E).argsort(-1)[:, :2], torch.rand(21, 2, requires_grad=True)
