@@ -2,29 +2,53 @@
 
 from __future__ import annotations
 
+import math
+import signal
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 Work = Callable[[], object]
 WARM_UP, ROUNDS, FEWEST_ROUNDS = 3, 20, 5
+LEAST_S = 2.0  # for a work to get ready
+
+
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError in what runs longer, as a search for the best tiles may; in the main thread of a process alone. `inf`: no limit."""
+
+    def end(*_: object) -> None:
+        raise TimeoutError(f"not ready after {seconds:.0f} s")
+
+    usual = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds if math.isfinite(seconds) else 0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, usual)
 
 
 def measure(works: Mapping[str, tuple[Work, int]], until: float = float("inf"), rounds: int = ROUNDS) -> dict[str, dict[str, Any]]:
     """Name to the median, fastest and slowest milliseconds of its work, and TFLOP/s where its FLOPs are not 0; `error` for what fails.
 
-    After `until` (of `time.monotonic`) no new round begins, but FEWEST_ROUNDS are made.
+    After `until` (of `time.monotonic`) no new round begins, but FEWEST_ROUNDS are made. First calls, which compile and search, have two thirds of
+    the time until then together, and each of them at most half of what is left of it.
     """
     failed: dict[str, dict[str, Any]] = {}
+    now = time.monotonic()
+    prepared = now + (until - now) * 2 / 3
     for name, (work, _) in works.items():
         try:
-            for _round in range(WARM_UP):
-                work()
-            torch.cuda.synchronize()
+            with at_most(max((prepared - time.monotonic()) / 2, LEAST_S)):
+                for _round in range(WARM_UP):
+                    work()
+                torch.cuda.synchronize()
         except Exception as error:  # a peer's own failure is a figure too; who calls looks at ours
             failed[name] = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
             torch.cuda.empty_cache()

@@ -1,40 +1,38 @@
 """What needs a CUDA device, in one call under ten minutes: `make gpu` or `python -m benchmarks.gpu`. Prints one JSON object.
 
 Numerics of every Triton operation against float64, determinism over 40 repeats, the layer in a CUDA graph, `benchmarks.kernels` and
-`benchmarks.train_gpu`, each with its share of the time. Needs torch, triton and numpy alone, but for the last, which wants moelab with its extra
-`train`, and transformers; peers are measured where they are installed. The figures also go to benchmarks/results/gpu-DATE-DEVICE.json. Exit
-code 1 where a check fails, 3 without a device.
+`benchmarks.train_gpu`. Each part is a process of its own, so that one that crashes or hangs takes nothing else away: checks run side by side, as
+they wait for the compiler more than for the device, and then what is timed runs alone. Needs torch, triton and numpy alone, but for the whole step,
+which wants moelab with its extra `train`, and transformers; peers are measured where they are installed. The figures also go to
+benchmarks/results/gpu-DATE-DEVICE.json. Exit code 1 where a check fails, 3 without a device.
 """
 
-# ruff: noqa: N806 - names of tensors carry their shape
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
+import subprocess
 import sys
+import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from itertools import product
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+
+from benchmarks import gpu_layer, gpu_repeats, gpu_routing
+from benchmarks.kernels import TARGETS, benchmark
 
 RESULTS = Path(__file__).parent / "results"
-REPEATS = 40
-ROUTINGS = ("spread", "empty experts", "all to one", "dropped", "all dropped")
-NUMERICS_S, BENCHMARK_S = 150.0, 200.0  # the router's kernels, the graph and the whole step have what is left of ten minutes
-# T, K, E, D, F, of the last in whole tiles; and what the layer is also checked with beside swiglu: swiglu_clamped with biases
-SHAPES = {
-    (1, 1, 4, 16, 16): "swiglu_clamped",
-    (37, 3, 6, 20, 24): "geglu",
-    (257, 2, 5, 129, 65): "relu",
-    (333, 8, 64, 96, 200): "gelu",
-    (1024, 4, 8, 256, 512): "swiglu_clamped",
-}
+CHECKS_S, LAYERS_S, END_S = 200.0, 420.0, 575.0  # since the start: when checks, layers and the whole step are ended
+LEAST_S = 10.0  # what a part needs to be begun
+Part = Callable[[float], tuple[Any, list[str]]]  # of the seconds it has: figures, and what is not as it should be
 OURS = (
     "router",
     "tiles",
@@ -46,131 +44,75 @@ OURS = (
     "weight gradient in",
     "weight gradient out",
 )  # of the benchmark's parts
-# of ||out - ref|| / ||ref||; float32 in tf32, and in three products of it, as torch's own products were told
-MOST = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-3}
-MOST_EXACT = 1e-5
-PRECISIONS = {"tf32": "high", "tf32x3": "highest"}
-Check = tuple[str, float, float]  # what was compared, its error, the largest error it may have
 
 
-def choose(kind: str, n_tokens: int, top_k: int, n_experts: int, device: str) -> Tensor:
-    """int64[T, K] of experts; E is a dropped assignment."""
-    expert_TK = torch.rand(n_tokens, n_experts, device=device).argsort(-1)[:, :top_k].clone()
-    if kind == "empty experts":
-        return torch.arange(top_k, device=device).expand(n_tokens, top_k).clone()
-    if kind in ("all to one", "all dropped"):
-        return torch.full_like(expert_TK, n_experts - 1 if kind == "all to one" else n_experts)
-    if kind == "dropped":
-        expert_TK[torch.rand(n_tokens, top_k, device=device) < 0.4] = n_experts
-    return expert_TK
+def checks() -> dict[str, Part]:
+    """What is right or wrong."""
+    found: dict[str, Part] = {}
+    for dtype in gpu_layer.MOST:
+        for shape in gpu_layer.SHAPES:
+            name = f"numerics {str(dtype).removeprefix('torch.')} {'x'.join(map(str, shape))}"
+            found[name] = partial(_untimed, partial(gpu_layer.numerics, "cuda", dtype, (shape,)))
+    for dtype in gpu_routing.MOST_ROUTED:
+        found[f"numerics router {str(dtype).removeprefix('torch.')}"] = partial(_untimed, partial(gpu_routing.router_numerics, "cuda", dtype))
+    found["numerics tiles"] = partial(_untimed, partial(gpu_routing.sorting_numerics, "cuda"))
+    return found | {"equal repeats": partial(_untimed, gpu_repeats.determinism), "graph": partial(_untimed, gpu_repeats.replay)}
 
 
-def error(out: Tensor, ref: Tensor) -> float:
-    """||out - ref|| / ||ref||, absolute where the reference is zero; 1e30 for what is not finite."""
-    out, ref = out.detach(), ref.detach()
-    norm = ref.double().norm()
-    found = (out.double() - ref.double()).norm() / torch.where(norm > 0, norm, 1.0)
-    return float(found.nan_to_num(1e30, 1e30))
+def _untimed(work: Callable[[], tuple[Any, list[str]]], _seconds: float) -> tuple[Any, list[str]]:
+    return work()
 
 
-def operations(device: str, dtype: torch.dtype, kind: str, shape: tuple[int, int, int, int, int]) -> Iterator[Check]:
-    """Every operation in Triton on one routing; rows that it must not read hold NaN."""
-    from kernels import experts_naive, experts_triton, grouped_gemm_naive
-    from kernels.activation import GATED
-    from kernels.blocks import Blocks
-    from kernels.combine_triton import combine
-    from kernels.grouped_gemm_triton import grouped_gemm, make_tiles
-
-    n_tokens, top_k, n_experts, width, expert_width = shape
-    expert_TK = choose(kind, n_tokens, top_k, n_experts, device)
-    tiles = make_tiles(expert_TK, n_experts, Blocks().rows)
-    kept, end_E = int((expert_TK < n_experts).sum()), tiles.end_E.tolist()
-    x_TD = torch.randn(n_tokens, width, device=device).to(dtype)
-    gate_TK = torch.rand(n_tokens, top_k, device=device)
-    w_in_EHD = torch.randn(n_experts, 2 * expert_width, width, device=device).mul_(width**-0.5).to(dtype)
-    w_out_EDF = torch.randn(n_experts, width, expert_width, device=device).mul_(expert_width**-0.5).to(dtype)
-    act_RF = torch.randn(n_tokens * top_k, expert_width, device=device).to(dtype)
-    act_RF[kept:] = float("nan")
-    products = (("up", x_TD, w_in_EHD, True, "none"), ("up swiglu", x_TD, w_in_EHD, True, "swiglu"), ("down", act_RF, w_out_EDF, False, "none"))
-    ways = PRECISIONS if dtype == torch.float32 else ("tf32",)
-    suffix = {way: f" {way}" if dtype == torch.float32 else "" for way in ways}
-    most = {way: MOST_EXACT if way == "tf32x3" else MOST[dtype] for way in ways}
-    for name, a, w, gather, activation in products:
-        ref = grouped_gemm_naive.grouped_gemm(a.double(), w.double(), tiles.token_R, end_E, gather=gather, activation=activation)[:kept]
-        for way in ways:
-            got = grouped_gemm(a, w, tiles, gather=gather, activation=activation, precision=way)[:kept]
-            yield name + suffix[way], error(got, ref), most[way]
-    y_RD = torch.randn(n_tokens * top_k, width, device=device).to(dtype)
-    y_RD[kept:] = float("nan")
-    y_TKD = torch.where((expert_TK < n_experts)[:, :, None], y_RD.double()[tiles.row_TK], 0)
-    yield "combine", error(combine(y_RD, tiles.row_TK, gate_TK, tiles.end_E[-1:]), (y_TKD * gate_TK.double()[:, :, None]).sum(1)), MOST[dtype]
-    layers: tuple[Any, Any] = experts_triton.expert_ffn, experts_naive.expert_ffn
-    for activation, way in product(("swiglu", SHAPES.get(shape, "swiglu_clamped")), ways):
-        w_EHD = w_in_EHD if activation in GATED else w_in_EHD[:, :expert_width]
-        biases = [torch.randn(w_EHD.shape[:2], device=device)] if activation == "swiglu_clamped" else []
-        given = [tensor.detach().requires_grad_() for tensor in (x_TD, w_EHD, w_out_EDF, gate_TK, *biases)]
-        exact = [tensor.detach().double().requires_grad_() for tensor in given]
-        usual = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision(PRECISIONS[way])
-        got, ref = (run(*of[:3], expert_TK, of[3], activation, *of[4:]) for run, of in zip(layers, (given, exact), strict=True))
-        dy_TD = torch.randn_like(got)
-        gradients = torch.autograd.grad(got, given, dy_TD), torch.autograd.grad(ref, exact, dy_TD.double())
-        torch.set_float32_matmul_precision(usual)
-        yield f"expert_ffn {activation}{suffix[way]}", error(got, ref), most[way]
-        for name, mine, wanted in zip(("dx", "dw_in", "dw_out", "dgate", "db_in")[: len(given)], *gradients, strict=True):
-            yield f"expert_ffn {activation} {name}{suffix[way]}", error(mine, wanted), most[way]
+def layers() -> dict[str, Part]:
+    """The layer of each shape against its peers."""
+    return {f"layer {i}": partial(_layer, i) for i in range(len(TARGETS))}
 
 
-def numerics(device: str = "cuda", shapes: Iterable[tuple[int, int, int, int, int]] = tuple(SHAPES)) -> tuple[dict[str, float], list[str]]:
-    """The worst error of each operation and type, and the cases that are beyond what they may be, or that NUMERICS_S left no time for."""
-    worst: dict[str, float] = defaultdict(float)
-    failures = []
-    end = time.monotonic() + NUMERICS_S
-    torch.manual_seed(0)
-    for dtype, shape, kind in product(MOST, shapes, ROUTINGS):
-        case = f"{str(dtype).removeprefix('torch.')}, {kind}, T K E D F = {shape}"
-        if time.monotonic() > end:
-            failures.append(f"{case}: not checked, no time was left")
-            continue
-        for name, found, most in operations(device, dtype, kind, shape):
-            key = f"{name} {str(dtype).removeprefix('torch.')}"
-            worst[key] = max(worst[key], found)
-            if found > most:
-                failures.append(f"{name} {case}: {found:.2e} > {most:.0e}")
-    return dict(worst), failures
+def _layer(i: int, seconds: float) -> tuple[Any, list[str]]:
+    measured = benchmark(list(TARGETS)[i], "cuda", seconds)
+    return measured, broken(measured)
 
 
-def determinism(device: str = "cuda") -> tuple[dict[str, int], list[str]]:
-    """How many of the repeats gave the very bits of the first, forward and backward, of Triton's and torch's layer."""
-    from benchmarks import gpu_routing
-    from benchmarks.kernels import Layer, Shape
-    from kernels import experts_grouped, experts_triton
-
-    torch.manual_seed(0)
-    layer = Layer.random(Shape(tokens=4096, width=512, expert_width=256, experts=64, top_k=8), device)
-
-    works: dict[str, Callable[[], tuple[Tensor, ...]]] = {
-        "triton forward+backward": lambda: layer.moe_and_gradients(experts_triton.expert_ffn, Layer.route_triton),
-        "grouped_mm forward+backward": lambda: layer.moe_and_gradients(experts_grouped.expert_ffn),
-    }
-    works |= gpu_routing.repeated(device)
-    equal: dict[str, int] = {}
-    for name, work in works.items():
-        first = work()
-        equal[name] = sum(all(torch.equal(a, b) for a, b in zip(work(), first, strict=True)) for _ in range(REPEATS))
-    return equal, [f"{name}: {count} of {REPEATS} repeats gave the same bits" for name, count in equal.items() if count < REPEATS]
+def broken(measured: dict[str, Any]) -> list[str]:
+    """What of ours did not run in the benchmark; a peer may fail."""
+    rows = [(name, row) for part in ("layers", "parts") for name, row in measured[part].items()]
+    ours = [(name, row) for name, row in rows if name.startswith("triton ") or name in OURS]
+    return [f"{name} of {measured['shape']}: {row['error']}" for name, row in ours if "error" in row]
 
 
-def training() -> dict[str, Any]:
-    """A whole training step against transformers (benchmarks.train_gpu), where its packages are installed; what it raises takes nothing else away."""
+def _training(seconds: float) -> tuple[Any, list[str]]:
     try:
         from benchmarks import train_gpu
-
-        return train_gpu.benchmark()
     except ImportError as error:
-        return {"skipped": str(error)}
-    except Exception as error:  # what was measured before is worth keeping
-        return {"error": f"{type(error).__name__}: {error}"[:500]}
+        return {"skipped": str(error)}, []
+    found = train_gpu.benchmark(seconds=seconds)
+    return found, [f"training step: {found['errors']['ours']}"] if "ours" in found["errors"] else []
+
+
+def parts() -> dict[str, Part]:
+    """All there is to do, by name."""
+    return checks() | layers() | {"training": _training}
+
+
+def apart(name: str, until: float) -> tuple[Any, list[str]]:
+    """A part in a process of its own, which is ended at `until` (of `time.monotonic`): its figures (None without) and failures."""
+    seconds = until - time.monotonic()
+    if seconds < LEAST_S:
+        return None, [f"{name}: not begun, no time was left"]
+    child = [sys.executable, "-m", "benchmarks.gpu", "--part", name, "--seconds", f"{seconds - LEAST_S / 2:.0f}"]
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as errors:
+        try:
+            code = subprocess.run(child, stdout=said, stderr=errors, env=environment, timeout=seconds).returncode
+        except subprocess.TimeoutExpired:
+            return None, [f"{name}: not done after {seconds:.0f} s"]
+        said.seek(0)
+        errors.seek(0)
+        lines, complaints = said.read().splitlines(), errors.read().strip().splitlines()
+    if code or not lines:
+        return None, [f"{name}: exit code {code}: {complaints[-1] if complaints else 'without a word'}"[:500]]
+    figures, failures = json.loads(lines[-1])
+    return figures, failures
 
 
 def versions() -> dict[str, Any]:
@@ -184,11 +126,35 @@ def versions() -> dict[str, Any]:
     return found | {"torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton.__version__}
 
 
-def broken(measured: dict[str, Any]) -> list[str]:
-    """What of ours did not run in the benchmark; a peer may fail."""
-    rows = [(shape["shape"], name, row) for shape in measured["shapes"] for part in ("layers", "parts") for name, row in shape.get(part, {}).items()]
-    ours = [(shape, name, row) for shape, name, row in rows if name.startswith("triton ") or name in OURS]
-    return [f"{name} of {shape}: {row['error']}" for shape, name, row in ours if "error" in row]
+def collect(run: Callable[[str, float], tuple[Any, list[str]]] = apart) -> dict[str, Any]:
+    """Every part's figures, the checks side by side and the rest one after the other, and all failures."""
+    started = time.monotonic()
+    found: dict[str, Any] = {}
+    failures: list[str] = []
+
+    def note(name: str, result: tuple[Any, list[str]]) -> None:
+        found[name] = result[0]
+        failures.extend(result[1])
+
+    with ThreadPoolExecutor(max(2, (os.cpu_count() or 2) // 2)) as pool:
+        running = {name: pool.submit(run, name, started + CHECKS_S) for name in checks()}
+        for name, future in running.items():
+            note(name, future.result())
+    for left, name in zip(range(len(TARGETS), 0, -1), layers(), strict=True):
+        now = time.monotonic()
+        note(name, run(name, now + (started + LAYERS_S - now) / left))
+    note("training", run("training", started + END_S))
+    errors: dict[str, float] = {}
+    for name, worst in found.items():
+        for key, error in (worst or {}).items() if name.startswith("numerics ") else ():
+            errors[key] = max(error, errors.get(key, 0.0))
+    measured = [found[name] or {"shape": asdict(shape), "skipped": "see failures"} for name, shape in zip(layers(), TARGETS, strict=True)]
+    peers: dict[str, str] = next((entry.pop("peers") for entry in measured if "peers" in entry), {})
+    for entry in measured:
+        entry.pop("peers", None)
+    figures = {"failures": failures, "errors": errors, "graph": found["graph"], "repeats": gpu_repeats.REPEATS}
+    figures |= {"equal_repeats": found["equal repeats"], "benchmark": {"peers": peers, "shapes": measured}}
+    return figures | {"training": found["training"] or {"skipped": "see failures"}, "seconds": round(time.monotonic() - started, 1)}
 
 
 def check() -> int:
@@ -196,30 +162,28 @@ def check() -> int:
     if not torch.cuda.is_available():
         print("No CUDA device: these checks and figures need one. `make kernels-aot` compiles the kernels without.", file=sys.stderr)
         return 3
-    started = time.monotonic()
-    from benchmarks import gpu_routing
-    from benchmarks.kernels import benchmark
-
-    errors, wrong = numerics()
-    routed, misrouted = gpu_routing.numerics("cuda", ROUTINGS, tuple(shape[:3] for shape in (*SHAPES, (32768, 8, 128, 0, 0))))
-    equal, uneven = determinism()
-    graph, torn = gpu_routing.replay()
-    measured = benchmark(budget_s=BENCHMARK_S)
-    whole_step = training()
-    failures = wrong + misrouted + uneven + torn + broken(measured) + [f"training step: {whole_step['error']}"] * ("error" in whole_step)
-    for line in failures:
-        print(line, file=sys.stderr)
     date = time.strftime("%Y-%m-%d", time.gmtime())
-    figures: dict[str, Any] = {"date": date, "versions": versions(), "failures": failures, "errors": errors | routed, "graph": graph}
-    figures |= {"repeats": REPEATS, "equal_repeats": equal}
-    figures |= {"benchmark": measured, "training": whole_step, "seconds": round(time.monotonic() - started, 1)}
+    figures = {"date": date, "versions": versions(), **collect()}
+    for line in figures["failures"]:
+        print(line, file=sys.stderr)
     RESULTS.mkdir(exist_ok=True)
     device = re.sub(r"\W+", "-", torch.cuda.get_device_name()).strip("-").lower()
     (RESULTS / f"gpu-{date}-{device}.json").write_text(json.dumps(figures, indent=1) + "\n")
     print(json.dumps(figures))
-    return 1 if failures else 0
+    return 1 if figures["failures"] else 0
+
+
+def command(arguments: Sequence[str]) -> int:
+    """All parts, or one of them in this process, whose last line is its figures and failures as JSON."""
+    options = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    options.add_argument("--part", choices=parts())
+    options.add_argument("--seconds", type=float, default=120.0)
+    given = options.parse_args(arguments)
+    if given.part is None:
+        return check()
+    print(json.dumps(parts()[given.part](given.seconds)))
+    return 0
 
 
 if __name__ == "__main__":
-    os.environ.pop("TRITON_INTERPRET", None)  # read when kernels are imported, which the functions above put off until they run
-    sys.exit(check())
+    sys.exit(command(sys.argv[1:]))

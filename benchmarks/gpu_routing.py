@@ -1,4 +1,4 @@
-"""What `benchmarks.gpu` checks of the routing: router and sorting against float64 and torch, and the whole layer captured in a CUDA graph.
+"""What `benchmarks.gpu` checks of the routing: router and sorting, against float64 and torch.
 
 Letters: T tokens, E experts, K experts chosen per token.
 """
@@ -7,27 +7,29 @@ Letters: T tokens, E experts, K experts chosen per token.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import MOST, Check, choose, error
+from benchmarks.gpu_layer import MOST, ROUTINGS, SHAPES, Check, Found, choose, error
+from kernels import grouped_gemm_triton, router_naive, router_triton, tiles_triton
+from kernels.router_naive import Rule
 
 # T, E, K; every one of them compiles some ten kernels
 ROUTED = {
     torch.float32: ((1, 4, 1), (257, 64, 8), (129, 160, 6), (65, 256, 8), (31, 1000, 32)),
     torch.bfloat16: ((257, 64, 8),),
 }
+SORTED = (*(shape[:3] for shape in SHAPES), (32768, 8, 128))  # T, K, E
 REPEATED = (8192, 128, 8)  # T, E, K
 MOST_ROUTED = {torch.float32: 1e-5, torch.bfloat16: MOST[torch.bfloat16]}
 
 
 def rules(n_experts: int, top_k: int) -> dict[str, Any]:
     """Every way to score, to choose and to make gates."""
-    from kernels.router_naive import Rule
-
     found = {
         "softmax": Rule(top_k),
         "softmax, renormalised": Rule(top_k, gate="normalised"),
@@ -43,8 +45,6 @@ def rules(n_experts: int, top_k: int) -> dict[str, Any]:
 
 def router(device: str, dtype: torch.dtype, n_tokens: int, n_experts: int, top_k: int) -> Iterator[Check]:
     """Of every rule, with many equal logits and with a bias too: the order of its own choices, and values and gradients in float64."""
-    from kernels import router_naive, router_triton
-
     for name, rule in rules(n_experts, top_k).items():
         for biased, tied in ((False, False), (False, True), *([(True, False)] if rule.score == "sigmoid" else [])):
             logits_TE = torch.randn(n_tokens, n_experts, device=device)
@@ -79,8 +79,6 @@ def gradient(routed: Any, fields: tuple[str, ...], slopes: list[Tensor], x_TE: T
 
 def sorting(device: str, kind: str, n_tokens: int, top_k: int, n_experts: int) -> Iterator[Check]:
     """The tiles against those of torch's sort; tiles without work may begin anywhere."""
-    from kernels import grouped_gemm_triton, tiles_triton
-
     expert_TK = choose(kind, n_tokens, top_k, n_experts, device)
     got, wanted = (module.make_tiles(expert_TK, n_experts, 128) for module in (tiles_triton, grouped_gemm_triton))
     used_M = wanted.expert_M < n_experts
@@ -88,33 +86,33 @@ def sorting(device: str, kind: str, n_tokens: int, top_k: int, n_experts: int) -
     yield "tiles", float(unequal + int((got.start_M != wanted.start_M)[used_M].sum())), 0.0
 
 
-def numerics(device: str, routings: tuple[str, ...], sorted_shapes: tuple[tuple[int, int, int], ...]) -> tuple[dict[str, float], list[str]]:
-    """The worst error of each, and the cases that are beyond what they may be."""
+def router_numerics(device: str, dtype: torch.dtype) -> Found:
+    """The worst error of everything that the router's kernels give, over ROUTED, and the cases that are beyond what they may be."""
+    torch.manual_seed(0)
+    name = str(dtype).removeprefix("torch.")
+    found = ((shape, check) for shape in ROUTED[dtype] for check in router(device, dtype, *shape))
+    return _worst((f"{what} {name}", f"T E K = {shape}", off, most) for shape, (what, off, most) in found)
+
+
+def sorting_numerics(device: str, routings: Iterable[str] = ROUTINGS, shapes: Iterable[tuple[int, int, int]] = SORTED) -> Found:
+    """The same of the sorting."""
+    torch.manual_seed(0)
+    found = ((f"{kind}, T K E = {shape}", check) for shape, kind in product(shapes, routings) for check in sorting(device, kind, *shape))
+    return _worst((what, case, off, most) for case, (what, off, most) in found)
+
+
+def _worst(checks: Iterable[tuple[str, str, float, float]]) -> Found:
     worst: dict[str, float] = defaultdict(float)
     failures = []
-
-    def note(key: str, case: str, found: float, most: float) -> None:
+    for key, case, found, most in checks:
         worst[key] = max(worst[key], found)
         if found > most:
             failures.append(f"{key}, {case}: {found:.2e} > {most:.0e}")
-
-    torch.manual_seed(0)
-    for dtype in MOST_ROUTED:
-        for shape in ROUTED[dtype]:
-            for name, found, most in router(device, dtype, *shape):
-                note(f"{name} {str(dtype).removeprefix('torch.')}", f"T E K = {shape}", found, most)
-    for shape in sorted_shapes:
-        for kind in routings:
-            for name, found, most in sorting(device, kind, *shape):
-                note(name, f"{kind}, T K E = {shape}", found, most)
     return dict(worst), failures
 
 
 def repeated(device: str) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
     """What must give the same bits at every repeat."""
-    from kernels import router_triton, tiles_triton
-    from kernels.router_naive import Rule
-
     n_tokens, n_experts, top_k = REPEATED
     logits_TE = torch.randn(n_tokens, n_experts, device=device, requires_grad=True)
     slope_E = torch.randn(n_experts, device=device)
@@ -132,60 +130,3 @@ def repeated(device: str) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
         ),
         "tiles": lambda: tuple(vars(tiles_triton.make_tiles(expert_TK, n_experts, 128)).values()),
     }
-
-
-def replay() -> tuple[dict[str, Any], list[str]]:
-    """The whole layer, forward and backward: that it waits for nothing, and that a graph of it follows the routing.
-
-    The graph is captured once. Then other tokens and weights are put into its buffers, at last a router of zeros, to which all experts are
-    equal, so that the first k get everything; each replay is compared with the layer as it runs without a graph.
-    """
-    from benchmarks.kernels import Layer, Shape
-    from kernels import experts_triton
-
-    shape = Shape(tokens=4096, width=512, expert_width=256, experts=64, top_k=8)
-    torch.manual_seed(0)
-    layer, other = Layer.random(shape, "cuda"), Layer.random(shape, "cuda")
-
-    def work() -> tuple[Tensor, ...]:
-        return layer.moe_and_gradients(experts_triton.expert_ffn, Layer.route_triton)
-
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            work()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    failures = []
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        work()
-    except RuntimeError as waited:
-        failures.append(f"the layer waits for the device: {waited}")
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    if failures:
-        return {"waits": True}, failures
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = work()
-    found: dict[str, Any] = {"waits": False}
-    for name in ("other tokens and weights", "all to the first experts"):
-        before_E = layer.route_triton()[0].flatten().bincount(minlength=shape.experts)
-        with torch.no_grad():
-            if name == "all to the first experts":
-                layer.w_router_ED.zero_()
-            else:
-                for mine, theirs in zip(layer.tensors, other.tensors, strict=True):
-                    mine.copy_(theirs)
-        graph.replay()
-        replayed = [part.clone() for part in captured]
-        wanted = work()
-        after_E = layer.route_triton()[0].flatten().bincount(minlength=shape.experts)
-        errors = [error(mine, theirs) for mine, theirs in zip(replayed, wanted, strict=True)]
-        bits = all(torch.equal(mine, theirs) for mine, theirs in zip(replayed, wanted, strict=True))
-        found[name] = {"moved": int((after_E - before_E).abs().sum()) // 2, "worst_error": max(errors), "same_bits": bits}
-        if max(errors) > MOST[torch.bfloat16] or not found[name]["moved"]:
-            failures.append(f"graph, {name}: {found[name]}")
-    return found, failures

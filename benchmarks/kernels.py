@@ -224,25 +224,13 @@ def verdict(shape: Shape, layers: dict[str, dict[str, Any]]) -> dict[str, dict[s
     return found
 
 
-def benchmark(device: str = "cuda", budget_s: float = 270.0) -> dict[str, Any]:
-    """Which peers there are, and one entry per shape: the layers against each other, the verdict, and the steps of ours.
-
-    A shape that no time is left for is told by name.
-    """
+def benchmark(shape: Shape, device: str, seconds: float) -> dict[str, Any]:
+    """Of one shape: which peers there are, the layers against each other, the verdict, and the steps of ours, in about `seconds`."""
     others, absent = peers.installed()
-    found: list[dict[str, Any]] = []
-    end = time.monotonic() + budget_s
-    for left, shape in zip(range(len(TARGETS), 0, -1), TARGETS, strict=True):
-        now = time.monotonic()
-        if now > end:
-            found.append({"shape": asdict(shape), "skipped": "no time was left"})
-            continue
-        until = now + (end - now) / left
-        torch.manual_seed(0)
-        layer = Layer.random(shape, device)
-        layers = measure(contestants(shape, layer, others), until - (until - now) / 4)
-        found.append({"shape": asdict(shape), "layers": layers, "verdict": verdict(shape, layers), "parts": measure(parts(shape, layer), until)})
-        found[-1]["clocks"] = clocks()
-        del layer
-        torch.cuda.empty_cache()
-    return {"peers": {**dict.fromkeys(others, "measured"), **absent}, "shapes": found}
+    started = time.monotonic()
+    torch.manual_seed(0)
+    layer = Layer.random(shape, device)
+    layers = measure(contestants(shape, layer, others), started + seconds * 0.75)
+    steps = measure(parts(shape, layer), started + seconds)
+    said = {"peers": {**dict.fromkeys(others, "measured"), **absent}, "shape": asdict(shape)}
+    return said | {"layers": layers, "verdict": verdict(shape, layers), "parts": steps, "clocks": clocks()}

@@ -14,6 +14,7 @@ FLOPs over the device's dense peak. `telemetry_percent` is the median difference
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import tempfile
 import time
@@ -154,8 +155,8 @@ def seconds(work: Work, device: torch.device) -> float:
     return (time.perf_counter() - started) / TURN
 
 
-def take_turns(works: dict[str, Work], device: torch.device, rounds: int) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Seconds of each work in each round, and the errors of those that do not run here."""
+def take_turns(works: dict[str, Work], device: torch.device, rounds: int, until: float) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Seconds of each work in each round, and the errors of those that do not run here. After `until` no round begins but the first."""
     errors: dict[str, str] = {}
     for name, work in works.items():
         try:
@@ -165,7 +166,9 @@ def take_turns(works: dict[str, Work], device: torch.device, rounds: int) -> tup
             errors[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
     running = {name: work for name, work in works.items() if name not in errors}
     times: dict[str, list[float]] = {name: [] for name in running}
-    for _ in range(rounds):
+    for done in range(rounds):
+        if done and time.monotonic() > until:
+            break
         for name, work in running.items():
             times[name].append(seconds(work, device))
     return times, errors
@@ -190,8 +193,8 @@ def waits(training: Training) -> int | None:
     return sum("synchroniz" in str(warning.message) for warning in caught)
 
 
-def telemetry_percent(training: Training, rounds: int) -> float:
-    """What all telemetry adds to a step that has none, in percent of it: the median of rounds in changing order."""
+def telemetry_percent(training: Training, rounds: int, until: float) -> float:
+    """What all telemetry adds to a step that has none, in percent of it: the median of rounds in changing order, at least two until `until`."""
     device, learner = training.ranks.device, training.learner
 
     def silent() -> None:
@@ -201,6 +204,8 @@ def telemetry_percent(training: Training, rounds: int) -> float:
 
     pairs = []
     for turn in range(rounds + 1):
+        if turn > 2 and time.monotonic() > until:
+            break
         works = (training.train_step, silent) if turn % 2 else (silent, training.train_step)
         found = {work.__name__: seconds(work, device) for work in works}
         training.catch_up()
@@ -208,36 +213,41 @@ def telemetry_percent(training: Training, rounds: int) -> float:
     return 100 * statistics.median((told_s - silent_s) / silent_s for told_s, silent_s in pairs[1:])
 
 
-def benchmark(shape: Shape = STACK, device_name: str = "cuda", rounds: int = ROUNDS) -> dict[str, Any]:
-    """The figures, with the targets and whether they were reached; None where this device cannot tell."""
+def benchmark(shape: Shape = STACK, device_name: str = "cuda", rounds: int = ROUNDS, seconds: float = math.inf) -> dict[str, Any]:
+    """The figures, with the targets and whether they were reached; None where this device cannot tell, or ours did not run (see `errors`).
+
+    There are `rounds` of each comparison, fewer where they would take more than `seconds` together.
+    """
+    started = time.monotonic()
     device = torch.device(device_name)
     spec, batches = spec_of(shape), random_batches(shape)
+    percent, waited = None, None
     with tempfile.TemporaryDirectory(prefix="moelab-train-gpu-") as directory, redirect_stdout(stderr):
         training, peer = ours(shape, batches, device, Path(directory)), Theirs(shape, batches, device)
         works: dict[str, Work] = {"ours": training.train_step} | {name: _of(peer, name) for name in IMPLEMENTATIONS}
-        times, errors = take_turns(works, device, rounds)
-        training.catch_up()
-        percent, waited = telemetry_percent(training, rounds), waits(training)
+        times, errors = take_turns(works, device, rounds, started + seconds * 0.7)
+        if "ours" not in errors:
+            training.catch_up()
+            percent, waited = telemetry_percent(training, rounds, started + seconds * 0.9), waits(training)
         training.close()
         peer.close()
     step_s = {name: statistics.median(series) for name, series in times.items()}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     cost, peak = price(spec), peak_flop_per_s(name, PRECISION)
-    flop_per_s = cost.flops_per_token.training * shape.tokens / step_s["ours"]
+    flop_per_s = cost.flops_per_token.training * shape.tokens / step_s["ours"] if "ours" in step_s else None
     best = min((name for name in IMPLEMENTATIONS if name in step_s), key=lambda name: step_s[name], default=None)
-    mfu, ratio = flop_per_s / peak if peak else None, step_s[best] / step_s["ours"] if best else None
     return {
         "shape": asdict(shape), "total_params": cost.total_params, "active_params": cost.active_params.with_embeddings, "precision": PRECISION,
         "tokens_per_step": shape.tokens, "flops_per_token": cost.flops_per_token.training, "ops": implementations(spec, device),
         "step_ms": {name: _spread_ms(series) for name, series in times.items()}, "errors": errors,
         "tokens_per_s": {name: round(shape.tokens / median, 1) for name, median in step_s.items()},
-        "tflop_per_s": flop_per_s / 1e12, "peer": best,
+        "tflop_per_s": flop_per_s and flop_per_s / 1e12, "peer": best,
         "memory_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         "targets": {
-            "mfu": _target(mfu, LEAST_MFU, mfu is not None and mfu >= LEAST_MFU),
-            "ratio": _target(ratio, LEAST_RATIO, ratio is not None and ratio >= LEAST_RATIO),
-            "telemetry_percent": _target(percent, MOST_TELEMETRY_PERCENT, percent <= MOST_TELEMETRY_PERCENT),
-            "waits": _target(waited, 0, waited == 0),
+            "mfu": _target(flop_per_s / peak if flop_per_s and peak else None, lambda mfu: mfu >= LEAST_MFU, LEAST_MFU),
+            "ratio": _target(step_s[best] / step_s["ours"] if best and "ours" in step_s else None, lambda ratio: ratio >= LEAST_RATIO, LEAST_RATIO),
+            "telemetry_percent": _target(percent, lambda found: found <= MOST_TELEMETRY_PERCENT, MOST_TELEMETRY_PERCENT),
+            "waits": _target(waited, lambda found: found == 0, 0),
         },
     }  # fmt: skip
 
@@ -251,8 +261,8 @@ def _spread_ms(series: list[float]) -> dict[str, float]:
     return {name: round(1000 * figure, 3) for name, figure in figures.items()}
 
 
-def _target(value: float | None, target: float, reached: bool) -> dict[str, Any]:
-    return {"value": value, "target": target, "reached": None if value is None else reached}
+def _target(value: float | None, reaches: Callable[[float], bool], target: float) -> dict[str, Any]:
+    return {"value": value, "target": target, "reached": None if value is None else reaches(value)}
 
 
 def main(arguments: Sequence[str] = ()) -> dict[str, Any]:

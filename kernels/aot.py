@@ -32,6 +32,7 @@ from kernels.blocks import Blocks, LayerBlocks, tuned, usual_layer_blocks
 from kernels.combine_triton import _combine
 from kernels.experts_backward_triton import _hidden_gradient, _row_sum, _weight_gradient
 from kernels.grouped_gemm_triton import _grouped_gemm
+from kernels.tf32_triton import _round
 
 # compute capability: shared memory of one block in bytes, the instruction that its matrix units run
 DEVICES = {80: (166_912, "mma.sync"), 90: (232_448, "wgmma.mma_async"), 100: (232_448, "tcgen05.mma")}
@@ -152,6 +153,8 @@ def works(capability: int) -> Iterator[tuple[str, Work]]:
     """All that is compiled for one device: LAYERS with the usual tiles, evaluation (which keeps nothing), and the layers of the measured tiles."""
     small = Blocks(warps=4)
     yield "combine", Work(combine_source("bf16"), small)
+    round_types = {"x": "*fp32", "out": "*fp32", "n": "i32", "BLOCK": "constexpr"}
+    yield "round to tf32", Work(ASTSource(_round, round_types, {"BLOCK": 1024}, {}), small)
     yield "row_sum", Work(source(_row_sum, "bf16", {"BLOCK_ROWS": 32, "BLOCK": 128}), small)
     for name, routing, warps in aot_routing.works():
         yield name, Work(routing, Blocks(warps=warps, stages=3))

@@ -20,6 +20,7 @@ from kernels.activation_triton import slopes, value
 from kernels.blocks import Blocks
 from kernels.descriptor import descriptor, weight_descriptor
 from kernels.grouped_gemm_triton import Tiles, weight_tile
+from kernels.tf32_triton import nearest
 
 
 @triton.jit
@@ -70,6 +71,7 @@ def _hidden_gradient(
                 weights = weight_tile(w, expert, first_outer, start, BLOCK_OUTER, BLOCK_INNER, False)
             else:
                 weights = tl.load(w_at, mask=inner_fits[:, None] & ((outer < n_outer) | EVEN)[None, :], other=0.0)
+                weights = nearest(weights, PRECISION)
                 w_at += BLOCK_INNER * stride_wa
             d = tl.dot(rows, weights, d, input_precision=PRECISION)
             dy_at += BLOCK_INNER
@@ -91,12 +93,14 @@ def _hidden_gradient(
 
 
 @triton.jit
-def _rows(side, row, row_fits, token, column, column_fits, stride, GATHER: tl.constexpr):
+def _rows(side, row, row_fits, token, column, column_fits, stride, GATHER: tl.constexpr, PRECISION: tl.constexpr):
     """side[row, column], or side[token[row], column] with GATHER; zeros for what does not fit."""
     source = row
     if GATHER:
         source = tl.load(token + row, mask=row_fits, other=0)
-    return tl.load(side + source.to(tl.int64)[:, None] * stride + column[None, :], mask=row_fits[:, None] & column_fits[None, :], other=0.0)
+    fits = row_fits[:, None] & column_fits[None, :]
+    loaded = tl.load(side + source.to(tl.int64)[:, None] * stride + column[None, :], mask=fits, other=0.0)
+    return loaded if GATHER else nearest(loaded, PRECISION)
 
 
 @triton.jit
@@ -124,16 +128,16 @@ def _weight_gradient(
         if LEFT_BY_TMA:
             a = left_tma.load([start, tile_left * BLOCK_LEFT])
         else:
-            a = _rows(left, row, every, token, i, i_fits, stride_left, GATHER_LEFT)
+            a = _rows(left, row, every, token, i, i_fits, stride_left, GATHER_LEFT, PRECISION)
         if RIGHT_BY_TMA:
             b = right_tma.load([start, tile_right * BLOCK_RIGHT])
         else:
-            b = _rows(right, row, every, token, j, j_fits, stride_right, GATHER_RIGHT)
+            b = _rows(right, row, every, token, j, j_fits, stride_right, GATHER_RIGHT, PRECISION)
         total = tl.dot(a.T, b, total, input_precision=PRECISION)
     if whole < stop:  # by pointers: rows of the next expert, or of none, must not be read
         row = whole + tl.arange(0, BLOCK_ROWS)
-        a = _rows(left, row, row < stop, token, i, i_fits, stride_left, GATHER_LEFT)
-        b = _rows(right, row, row < stop, token, j, j_fits, stride_right, GATHER_RIGHT)
+        a = _rows(left, row, row < stop, token, i, i_fits, stride_left, GATHER_LEFT, PRECISION)
+        b = _rows(right, row, row < stop, token, j, j_fits, stride_right, GATHER_RIGHT, PRECISION)
         total = tl.dot(a.T, b, total, input_precision=PRECISION)
     if OUT_BY_TMA:
         out_tma.store([expert, tile_left * BLOCK_LEFT, tile_right * BLOCK_RIGHT], total.to(out.dtype.element_ty)[None, :, :])
@@ -158,7 +162,7 @@ def _row_sum(rows, out, end, width, stride, BLOCK_ROWS: tl.constexpr, BLOCK: tl.
 
 
 def hidden_gradient(
-    dy_TD: Tensor, w_out_EDF: Tensor, h_RH: Tensor, gate_TK: Tensor, tiles: Tiles, activation: str, blocks: Blocks, precision: str = "tf32"
+    dy_TD: Tensor, w_out_EDF: Tensor, h_RH: Tensor, gate_TK: Tensor, tiles: Tiles, activation: str, blocks: Blocks, precision: str = "tf32x3"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dH [R, H], the gated A' [R, F] and the gates' gradients [R] (float32), all in sorted order; rows of no expert are left unwritten.
 
@@ -184,7 +188,7 @@ def hidden_gradient(
 
 
 def weight_gradient(
-    left_RA: Tensor, right_RB: Tensor, tiles: Tiles, *, gather: str, dtype: torch.dtype, blocks: Blocks, precision: str = "tf32"
+    left_RA: Tensor, right_RB: Tensor, tiles: Tiles, *, gather: str, dtype: torch.dtype, blocks: Blocks, precision: str = "tf32x3"
 ) -> Tensor:
     """sum over each expert's rows of left_r right_r^T, [E, A, B] in `dtype`; `gather` says which side ("left", "right") is by token.
 

@@ -22,6 +22,7 @@ from kernels.combine_triton import combine
 from kernels.dispatch import make_tiles
 from kernels.experts_backward_triton import hidden_gradient, row_sum, weight_gradient
 from kernels.grouped_gemm_triton import Tiles, grouped_gemm
+from kernels.tf32_triton import rounded
 
 
 def expert_ffn(
@@ -80,9 +81,8 @@ def _expert_ffn(
     blocks, precision = _layer_blocks(x_TD, w_out, n_rows, activation), _precision(x_TD.dtype)
     tiles = _tiles(expert_TK, len(w_in), n_rows, blocks.up.rows)
     h_RH = x_TD.new_empty(n_rows if keep else 0, w_in.shape[1])
-    act_RF = grouped_gemm(
-        x_TD, w_in, tiles, gather=True, activation=activation, bias_EB=b_in_EH, kept=h_RH if keep else None, blocks=blocks.up, precision=precision
-    )  # fmt: skip
+    given: dict[str, Any] = {"bias_EB": b_in_EH, "kept": h_RH if keep else None, "blocks": blocks.up, "precision": precision}
+    act_RF = grouped_gemm(rounded(x_TD, precision), w_in, tiles, gather=True, activation=activation, **given)
     y_RD = grouped_gemm(act_RF, w_out, tiles, gather=False, blocks=blocks.down, precision=precision)
     return combine(y_RD, tiles.row_TK, gate_TK, tiles.end_E[-1:]), h_RH
 
@@ -118,6 +118,7 @@ def _expert_ffn_backward(
     w_in, w_out, n_rows = w_in_EHD.to(x_TD.dtype), w_out_EDF.to(x_TD.dtype), len(h_RH)
     blocks, precision = _layer_blocks(x_TD, w_out, n_rows, activation), _precision(x_TD.dtype)
     tiles = _tiles(expert_TK, len(w_in), n_rows, blocks.hidden.rows)
+    x_TD, dy_TD = rounded(x_TD, precision), rounded(dy_TD, precision)
     dh_RH, act_RF, dgate_R = hidden_gradient(dy_TD, w_out, h_RH, gate_TK, tiles, activation, blocks.hidden, precision)
     dx_RD = grouped_gemm(dh_RH, w_in.transpose(1, 2), tiles, gather=False, blocks=blocks.input, precision=precision)
     dx_TD = combine(dx_RD, tiles.row_TK, torch.ones_like(gate_TK), tiles.end_E[-1:])

@@ -22,6 +22,7 @@ from kernels.activation import GATED
 from kernels.activation_triton import value
 from kernels.blocks import Blocks, Kernel, usual_blocks
 from kernels.descriptor import descriptor, weight_descriptor
+from kernels.tf32_triton import nearest
 
 
 @dataclass(frozen=True)
@@ -102,17 +103,20 @@ def _grouped_gemm(
                 rows = a.load([first, start])
             else:
                 rows = tl.load(a_at, mask=inner_fits[None, :], other=0.0)
+                if not GATHER:
+                    rows = nearest(rows, PRECISION)
                 a_at += BLOCK_INNER
             if WEIGHTS_BY_TMA:
                 weights = weight_tile(w, expert, first_outer, start, BLOCK_OUTER, BLOCK_INNER, INNER_LAST)
             else:
-                weights = tl.load(w_at, mask=inner_fits[:, None] & outer_fits[None, :], other=0.0)
+                weights = nearest(tl.load(w_at, mask=inner_fits[:, None] & outer_fits[None, :], other=0.0), PRECISION)
             total = tl.dot(rows, weights, total, input_precision=PRECISION)
             if IS_GATED:
                 if WEIGHTS_BY_TMA:
                     weights = weight_tile(w, expert, n_outer + first_outer, start, BLOCK_OUTER, BLOCK_INNER, INNER_LAST)
                 else:
                     weights = tl.load(w_at + n_outer * stride_wb, mask=inner_fits[:, None] & outer_fits[None, :], other=0.0)
+                    weights = nearest(weights, PRECISION)
                 second = tl.dot(rows, weights, second, input_precision=PRECISION)
             if not WEIGHTS_BY_TMA:
                 w_at += BLOCK_INNER * stride_wa
@@ -148,15 +152,15 @@ def grouped_gemm(
     bias_EB: Tensor | None = None,
     kept: Tensor | None = None,
     blocks: Blocks | None = None,
-    precision: str = "tf32",
+    precision: str = "tf32x3",
 ) -> Tensor:
     """Each expert's rows times its matrix, [R, B]; rows that belong to no expert are left unwritten.
 
     `a` is [T, A] with `gather`, else [R, A] in sorted order; `w_EBA` has any strides. With an `activation` (as in `kernels.activation`),
     it is applied; w is [E, 2B, A] for the gated ones, gate rows first, and `kept`, [R, rows of w], takes what it was applied to.
-    `bias_EB` [E, rows of w] is added before. Products accumulate in float32; `precision` is that of float32 inputs: "tf32", or "tf32x3" (three
-    products of parts, to about float32's own). `tiles` must have been cut with blocks.rows (`Blocks().rows` without `blocks`). The twin is
-    `grouped_gemm_naive.grouped_gemm`.
+    `bias_EB` [E, rows of w] is added before. Products accumulate in float32; `precision` is that of float32 inputs: "tf32x3" (three products of
+    parts, to about float32's own), or "tf32", for which gathered rows must have been `rounded` already. `tiles` must have been cut with blocks.rows
+    (`Blocks().rows` without `blocks`). The twin is `grouped_gemm_naive.grouped_gemm`.
     """
     gated = activation in GATED
     n_experts, n_outer, n_inner = w_EBA.shape

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks import train_gpu
+from moe.train.loop import Training
 from spec.accounting import price
 
 NANO = train_gpu.Shape(layers=2, width=32, heads=2, experts=4, top_k=2, expert_width=16, vocabulary=300, micro_batches=2, sequences=1, length=24)
@@ -49,5 +50,16 @@ def test_a_contestant_that_does_not_run_is_told_and_left_out() -> None:
     def fails() -> None:
         raise RuntimeError("no such kernel\nat length")
 
-    times, errors = train_gpu.take_turns({"works": lambda: None, "fails": fails}, torch.device("cpu"), 3)
+    times, errors = train_gpu.take_turns({"works": lambda: None, "fails": fails}, torch.device("cpu"), 3, float("inf"))
     assert errors == {"fails": "RuntimeError: no such kernel"} and len(times["works"]) == 3
+
+
+def test_ours_that_does_not_run_is_told_and_the_rest_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(self: Training) -> None:
+        raise RuntimeError("no such kernel")
+
+    torch.set_num_threads(1)
+    monkeypatch.setattr(Training, "train_step", fails)
+    found = train_gpu.benchmark(NANO, "cpu", rounds=3, seconds=0.0)
+    assert found["errors"] == {"ours": "RuntimeError: no such kernel"} and found["peer"] in ("grouped_mm", "eager")
+    assert found["tflop_per_s"] is None and all(target["value"] is None and target["reached"] is None for target in found["targets"].values())

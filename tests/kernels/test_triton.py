@@ -19,6 +19,7 @@ from kernels.combine_triton import combine
 from kernels.descriptor import descriptor, weight_descriptor
 from kernels.experts_backward_triton import row_sum, weight_gradient
 from kernels.grouped_gemm_triton import grouped_gemm, make_tiles
+from kernels.tf32_triton import rounded
 from tests.kernels.routing import KINDS, choose
 
 SMALL = blocks.SMALL.up
@@ -88,6 +89,17 @@ def test_a_descriptor_is_made_only_of_what_it_can_take():
         assert descriptor(refused, [1, 16, 16]) is None
     rounded = {precision: descriptor(whole, [1, 16, 16], precision=precision).round_f32_to_tf32 for precision in ("tf32", "tf32x3", None)}
     assert rounded == {"tf32": True, "tf32x3": False, None: False}
+
+
+def test_tf32_is_the_nearest():
+    """Ten bits of fraction, ties away from zero, as the copy engine does it; NaN, of which any bits may be set, and infinities stay."""
+    x = torch.cat([torch.randn(3000) * 10.0 ** torch.randint(-30, 30, (3000,)), torch.tensor([1 + 2**-11, -1 - 2**-11, 0.0, float("inf")])])
+    mantissa, exponent = np.frexp(x.double().numpy())
+    nearest = np.ldexp(np.sign(mantissa) * np.floor(np.abs(mantissa) * 2**11 + 0.5), exponent - 11)
+    np.testing.assert_array_equal(rounded(x, "tf32").double().numpy(), nearest)
+    assert rounded(torch.tensor([0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32), "tf32").isnan().all()
+    assert rounded(x, "tf32x3") is x
+    assert rounded(x.bfloat16(), "tf32").dtype == torch.bfloat16
 
 
 def test_float32_is_multiplied_as_torch_was_told():
