@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kernels import attention_cpu, attention_masked, experts_cpu, experts_grouped, experts_naive, experts_padded, launcher, rms_norm_cpu, router_naive
 from kernels import expert_linear as linear
+from kernels.given_cast import given
 
 if TYPE_CHECKING:
     from kernels.grouped_gemm_triton import Tiles
@@ -33,13 +34,14 @@ def expert_ffn(
     capacity: int | None = None,
     most_rows: int | None = None,
     lap: Callable[[str], None] | None = None,
+    casts: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """y_t = sum_k gate_tk * FFN_expert_tk(x_t), with products in x's dtype; expert E stands for a dropped assignment.
 
     H is 2F (gate rows first) for gated activations, else F. Differentiable in all but `expert_TK` (int64). With a `capacity`, which no
     expert may exceed, every expert runs over exactly so many rows. `most_rows`: how many assignments can be other than dropped, where
     that is known to be fewer than T * K; it saves memory. `lap`, if given, is told as each part begins: dispatch, experts, combine;
-    what one kernel does together is experts.
+    what one kernel does together is experts. `casts`: both weights in x's dtype, where somebody has cast them already.
     """
     which = _expert_ffn(x_TD.device.type, x_TD.dtype, padded=capacity is not None, aligned=is_aligned(*w_out_EDF.shape[1:]))
     if which == "cpu" and torch.compiler.is_compiling():
@@ -47,13 +49,15 @@ def expert_ffn(
 
         return compiled.expert_ffn(x_TD, w_in_EHD, w_out_EDF, expert_TK, gate_TK, activation, b_in_EH)
     if which == "cpu":
-        return experts_cpu.expert_ffn(x_TD, w_in_EHD, w_out_EDF, expert_TK, gate_TK, activation, b_in_EH, lap)
+        return experts_cpu.expert_ffn(x_TD, w_in_EHD, w_out_EDF, expert_TK, gate_TK, activation, b_in_EH, lap, casts)
     if lap is not None:
         lap("experts")
     if which == "triton":
         from kernels import experts_triton
 
-        return experts_triton.expert_ffn(x_TD, w_in_EHD, w_out_EDF, expert_TK, gate_TK, activation, b_in_EH, most_rows)
+        return experts_triton.expert_ffn(x_TD, w_in_EHD, w_out_EDF, expert_TK, gate_TK, activation, b_in_EH, most_rows, casts)
+    if casts is not None:
+        w_in_EHD, w_out_EDF = given(w_in_EHD, casts[0]), given(w_out_EDF, casts[1])
     if capacity is not None:
         return experts_padded.expert_ffn(x_TD, w_in_EHD, w_out_EDF, expert_TK, gate_TK, activation, b_in_EH, capacity=capacity)
     run = {"grouped_mm": experts_grouped.expert_ffn, "naive": experts_naive.expert_ffn}[which]

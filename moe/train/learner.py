@@ -65,6 +65,7 @@ class Learner:
     def __init__(self, spec: ExperimentSpec, batches: Batches, ranks: Ranks) -> None:
         """Fresh weights from the spec's seed, the same on every rank."""
         self.spec, self.batches, self.ranks = spec, batches, ranks
+        self.dtype = torch.bfloat16 if spec.training.precision == "bfloat16" else torch.float32  # of the products
         if batches.vocabulary.size > spec.model.vocab_size:
             where = {"file": "data.tokenizer_path"}.get(spec.data.tokenizer, "data.tokenizer")
             raise SpecRefused("model.vocab_size", f"{spec.model.vocab_size} is less than the {batches.vocabulary.size} tokens of {where}")
@@ -76,7 +77,7 @@ class Learner:
         self.model.train()
         freeze(self.model, spec.training.train)
         if ranks.shard:
-            sharded.shard(self.model, ranks.size, ranks.device)
+            sharded.shard(self.model, ranks.size, ranks.device, self.dtype)
         if spec.training.compile:
             check_compiler(ranks.device)
             self.model.compile_blocks()
@@ -92,9 +93,7 @@ class Learner:
 
     def autocast(self) -> AbstractContextManager[object]:
         """bfloat16 matrix products, where the spec asks for them."""
-        if self.spec.training.precision == "bfloat16":
-            return torch.autocast(self.ranks.device.type, torch.bfloat16)
-        return nullcontext()
+        return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.ranks.device.type, self.dtype)
 
     def train_step(self, step: int, wishes: Callable[[], tuple[bool, bool]]) -> Lesson:
         """Makes optimiser step `step`, and waits for what it tells."""
@@ -126,7 +125,8 @@ class Learner:
         """The step itself; this rank's mean losses, the gradient norm, the routing statistics and the extra predictions' loss, on the device."""
         sampled = self.spec.telemetry.sampled(step) and not self.model.is_compiled  # a clock would break the graphs
         self._clock = PhaseClock(telemetry.PHASES, self.ranks.device, Laps(self.ranks.device) if sampled else None)
-        lm_loss, balance_loss, stats, mtp_loss = self._forward_backward(step)
+        with self.model.experts_cast(self.dtype):
+            lm_loss, balance_loss, stats, mtp_loss = self._forward_backward(step)
         if self._clock.laps is not None:
             self._clock.laps.mark("other")  # gradients are joined for their reduction
         sharded.average_gradients(self.optimizer.parameters, self.ranks.size, self.ranks.mesh, self._clock.laps)

@@ -85,7 +85,7 @@ def test_expert_choice_takes_memory_for_what_experts_take(on_triton):
     """Off the CPU every expert is a slot of every token, of which all but E * C are empty."""
     layer, calls = layer_of(router={"kind": "expert_choice"}), on_triton()
     results(layer, torch.randn(1, 21, D, requires_grad=True))
-    *_, expert_TK, _gate, _activation, _bias, most_rows = calls[0]
+    *_, expert_TK, _gate, _activation, _bias, most_rows, _casts = calls[0]
     assert expert_TK.shape == (21, E) and most_rows == E * 11  # 11 = ceil(2 * 21 / 4)
     assert int((expert_TK < E).sum()) == most_rows
 
