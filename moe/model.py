@@ -198,11 +198,15 @@ class Transformer(nn.Module):
         return bool(self._compiled)
 
     @contextmanager
-    def experts_cast(self, dtype: torch.dtype) -> Iterator[None]:
+    def experts_cast(self, dtype: torch.dtype, laps: Laps | None = None) -> Iterator[None]:
         """Within it experts' matrices are cast to `dtype` once, for all passes: the weights must not change. Gradients are the weights' own."""
         experts = [module for module in self.modules() if isinstance(module, Experts) and module.w_in.dtype != dtype]
+        if laps is not None and experts:
+            laps.mark("experts")
         for module in experts:
             module.cast(dtype)
+        if laps is not None and experts:
+            laps.mark("other")
         try:
             yield
         finally:

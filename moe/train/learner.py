@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -125,8 +125,8 @@ class Learner:
         """The step itself; this rank's mean losses, the gradient norm, the routing statistics and the extra predictions' loss, on the device."""
         sampled = self.spec.telemetry.sampled(step) and not self.model.is_compiled  # a clock would break the graphs
         self._clock = PhaseClock(telemetry.PHASES, self.ranks.device, Laps(self.ranks.device) if sampled else None)
-        with self.model.experts_cast(self.dtype):
-            lm_loss, balance_loss, stats, mtp_loss = self._forward_backward(step)
+        with ExitStack() as step_long:
+            lm_loss, balance_loss, stats, mtp_loss = self._forward_backward(step, step_long)
         if self._clock.laps is not None:
             self._clock.laps.mark("other")  # gradients are joined for their reduction
         sharded.average_gradients(self.optimizer.parameters, self.ranks.size, self.ranks.mesh, self._clock.laps)
@@ -137,8 +137,11 @@ class Learner:
         self._clock.mark("optimizer")
         return lm_loss, balance_loss, grad_norm, stats, mtp_loss
 
-    def _forward_backward(self, step: int) -> tuple[Tensor, Tensor, RoutingStats | None, Tensor | None]:
-        """Leaves the gradients of the step's mean loss; returns mean losses and statistics of its micro-batches, detached."""
+    def _forward_backward(self, step: int, step_long: ExitStack) -> tuple[Tensor, Tensor, RoutingStats | None, Tensor | None]:
+        """Leaves the gradients of the step's mean loss; returns mean losses and statistics of its micro-batches, detached.
+
+        What all of them share goes when `step_long` is left.
+        """
         micros = self.spec.training.grad_accumulation
         torch.manual_seed(_noise_seed(self.spec.seed, step, self.ranks.rank))
         self.model.begin_step()
@@ -147,6 +150,8 @@ class Learner:
             if self.ranks.shard:
                 sharded.reduce_in_backward(self.model, wanted=micro == micros - 1)
             self._clock.mark("data")
+            if micro == 0:
+                step_long.enter_context(self.model.experts_cast(self.dtype, self._clock.laps))
             with self.autocast():
                 output = self.model(tokens_BS, targets_BS, self.batches.documents(tokens_BS), laps=self._clock.laps)
             self._clock.mark("forward")

@@ -107,6 +107,7 @@ def every_case() -> dict[str, Any]:
             told[f"{case}, {shard}"] = {
                 "steps": [(figures.lm_loss, figures.grad_norm) for figures in steps],
                 "dtypes": dtypes(learning),
+                "whole": learning.tensors()["model"],
                 "sent": sent_bytes(learning) if shard else 0,
                 "kept": kept_bytes(learning),
                 "masters": sorted({str(tensor.dtype) for tensor in (*learning.model.parameters(), *learning.optimizer.tensors().values())}),
@@ -126,6 +127,15 @@ def test_shards_learn_what_whole_weights_learn(told: dict[str, Any], case: str) 
     assert cut[0] == pytest.approx(whole[0], rel=1e-6), "before the first update all products are the very same"
     for one, other in zip(cut, whole, strict=True):
         assert one == pytest.approx(other, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_checkpoint_has_all_weights_whole(told: dict[str, Any], case: str) -> None:
+    whole, cut = told[f"{case}, False"]["whole"], told[f"{case}, True"]["whole"]
+    assert whole.keys() == cut.keys()
+    for name, tensor in whole.items():
+        assert type(cut[name]) is Tensor and cut[name].dtype == tensor.dtype
+        assert (cut[name] - tensor).norm() <= 1e-3 * tensor.norm().clamp_min(1e-6), name
 
 
 def test_routers_norms_sinks_and_master_weights_are_float32(told: dict[str, Any]) -> None:

@@ -34,7 +34,7 @@ class Casts(TorchDispatchMode):
 def trained(out: Path, precision: str, *, once: bool = True) -> tuple[list[float], int, Run]:
     """Losses of the steps, and casts in each: a step of two micro-batches whose activations are recomputed."""
     run = Run(tiny(training={"precision": precision, "grad_accumulation": 2, "activation_recompute": True}), out)
-    plain = nullcontext() if once else patch.object(Transformer, "experts_cast", lambda self, dtype: nullcontext())
+    plain = nullcontext() if once else patch.object(Transformer, "experts_cast", lambda self, *_: nullcontext())
     with plain, Casts() as casts:
         losses = [run.learner.train_step(step, lambda: (False, False)).figures.loss for step in range(1, STEPS + 1)]
     assert casts.count % STEPS == 0
