@@ -19,14 +19,19 @@ from moe.train.ranks import Ranks
 from moe.train.stop import DiskFull, SpecRefused
 
 _CORPUS_SAMPLE = 1_000_000  # Tokens of each stream that tell one corpus from another.
-RESERVE = 3  # A run does not start where fewer of its checkpoints than this would fit on the disk.
+RESERVE = 3  # A run does not start where its disk would not hold so many of its checkpoints, those that it has already among them.
 
 
-def check_room(ranks: Ranks, directory: Path, checkpoint_bytes: int) -> None:
-    """Raises DiskFull, on every rank, where RESERVE checkpoints of that size would not fit on the disk of rank 0, which writes them."""
+def check_room(ranks: Ranks, directory: Path, checkpoint_bytes: int, keep: int) -> None:
+    """Raises DiskFull, on every rank, where RESERVE checkpoints of that size would not fit on the disk of rank 0, which writes them.
+
+    Fewer do where fewer are kept: `keep`, and the one that is being written. Those that are there make room by going.
+    """
+    there = min(keep, len(checkpoint.steps(directory / "checkpoints")))
+    wanted = ranks.from_first(max(1, min(RESERVE, keep + 1) - there))
     free = ranks.from_first(shutil.disk_usage(directory).free)
-    if free < RESERVE * checkpoint_bytes:
-        raise DiskFull(f"{directory} has {free / 1e9:.2f} GB free; a checkpoint takes {checkpoint_bytes / 1e9:.2f} GB, and {RESERVE} must fit")
+    if free < wanted * checkpoint_bytes:
+        raise DiskFull(f"{directory} has {free / 1e9:.2f} GB free; a checkpoint takes {checkpoint_bytes / 1e9:.2f} GB, and {wanted} must fit")
 
 
 def load_checkpoint(ranks: Ranks, directory: Path, step: int) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:

@@ -43,7 +43,7 @@ class Training:
         self.position = Position()
         self._directory = out / "checkpoints"
         out.mkdir(parents=True, exist_ok=True)
-        handing.check_room(self.ranks, out, accounting.price(spec).bytes.checkpoint)
+        handing.check_room(self.ranks, out, accounting.price(spec).bytes.checkpoint, spec.training.keep_checkpoints)
         self._journal = Journal(out / "attempts" / str(attempt), first_rank=self.ranks.is_first)
         self._chronicle = Chronicle(spec, learner, self._journal)
         self._resumed_from: int | None = None

@@ -73,7 +73,7 @@ def on_a_full_disk(out: Path, full: int) -> str:
     usage = shutil.disk_usage("/")._replace(free=3 * size - (dist.get_rank() == full))
     with patch.object(shutil, "disk_usage", lambda path: usage):
         try:
-            handing.check_room(Ranks(dist.get_rank(), 2, torch.device("cpu")), out, size)
+            handing.check_room(Ranks(dist.get_rank(), 2, torch.device("cpu")), out / "empty", size, 3)
         except DiskFull:
             return "disk full"
     return "room"

@@ -349,6 +349,17 @@ def test_a_disk_too_small_for_the_checkpoints_is_said_before_the_first_step(run:
     run(attempt=1)
 
 
+def test_a_run_goes_on_where_the_checkpoints_that_it_has_take_the_room(run: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = price(tiny()).bytes.checkpoint
+    run(training={"steps": 8}).go()
+    free = shutil.disk_usage("/")._replace(free=size)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    assert run(attempt=1).go().step == 12, "two checkpoints are there, and the next one makes the oldest go"
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free._replace(free=size - 1))
+    with pytest.raises(DiskFull, match="and 1 must fit"):
+        run(attempt=2)
+
+
 def test_what_torch_and_the_system_raise_has_a_reason() -> None:
     def too_much() -> None:
         torch.empty(2**60, dtype=torch.uint8)
