@@ -74,10 +74,12 @@ def _layer(i: int, seconds: float) -> tuple[Any, list[str]]:
 
 
 def broken(measured: dict[str, Any]) -> list[str]:
-    """What of ours did not run in the benchmark; a peer may fail."""
+    """What of ours did not run in the benchmark, or keeps too much; a peer may fail."""
     rows = [(name, row) for part in ("layers", "parts") for name, row in measured[part].items()]
     ours = [(name, row) for name, row in rows if name.startswith("triton ") or name in OURS]
-    return [f"{name} of {measured['shape']}: {row['error']}" for name, row in ours if "error" in row]
+    failed = [f"{name} of {measured['shape']}: {row['error']}" for name, row in ours if "error" in row]
+    kept, most = measured["kept_bytes"].get("triton") or 0, measured["most_kept_bytes"]
+    return failed + ([f"triton of {measured['shape']} keeps {kept} bytes for the backward pass, more than {most}"] if kept > most else [])
 
 
 def _training(seconds: float) -> tuple[Any, list[str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -15,7 +16,7 @@ from kernels import experts_naive, experts_triton, grouped_gemm_naive
 from kernels.activation import GATED
 from kernels.blocks import Blocks
 from kernels.combine_triton import combine
-from kernels.grouped_gemm_triton import grouped_gemm, make_tiles
+from kernels.grouped_gemm_triton import grouped_gemm, make_tiles, usual
 from kernels.tf32_triton import rounded
 
 ROUTINGS = ("spread", "empty experts", "all to one", "dropped", "all dropped")
@@ -77,6 +78,11 @@ def operations(device: str, dtype: torch.dtype, kind: str, shape: Shape) -> Iter
         for way in ways:
             got = grouped_gemm(rounded(a, way) if gather else a, w, tiles, gather=gather, activation=activation, precision=way)[:kept]
             yield name + suffix[way], error(got, ref), most[way]
+        if dtype != torch.float32:  # whose tiles leave less room for the loop's
+            loop = usual(a, "up" if gather else "down", gated=activation in GATED, n_outer=w.shape[1])
+            loop = replace(loop, persistent=True, stages=loop.stages - 1)
+            looped = grouped_gemm(a, w, tiles, gather=gather, activation=activation, blocks=loop)[:kept]
+            yield f"{name} in a loop", error(looped, ref), MOST[dtype]
     y_RD = torch.randn(n_tokens * top_k, width, device=device).to(dtype)
     y_RD[kept:] = float("nan")
     y_TKD = torch.where((expert_TK < n_experts)[:, :, None], y_RD.double()[tiles.row_TK], 0)
@@ -87,12 +93,12 @@ def operations(device: str, dtype: torch.dtype, kind: str, shape: Shape) -> Iter
         biases = [torch.randn(w_EHD.shape[:2], device=device)] if activation == "swiglu_clamped" else []
         given = [tensor.detach().requires_grad_() for tensor in (x_TD, w_EHD, w_out_EDF, gate_TK, *biases)]
         exact = [tensor.detach().double().requires_grad_() for tensor in given]
-        usual = torch.get_float32_matmul_precision()
+        before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision(PRECISIONS[way])
         got, ref = (run(*of[:3], expert_TK, of[3], activation, *of[4:]) for run, of in zip(layers, (given, exact), strict=True))
         dy_TD = torch.randn_like(got)
         gradients = torch.autograd.grad(got, given, dy_TD), torch.autograd.grad(ref, exact, dy_TD.double())
-        torch.set_float32_matmul_precision(usual)
+        torch.set_float32_matmul_precision(before)
         yield f"expert_ffn {activation}{suffix[way]}", error(got, ref), most[way]
         for name, mine, wanted in zip(("dx", "dw_in", "dw_out", "dgate", "db_in")[: len(given)], *gradients, strict=True):
             yield f"expert_ffn {activation} {name}{suffix[way]}", error(mine, wanted), most[way]

@@ -47,6 +47,11 @@ class Shape:
         """Of the three products of SwiGLU for every assignment."""
         return 6 * self.tokens * self.top_k * self.expert_width * self.width
 
+    @property
+    def most_kept_bytes(self) -> int:
+        """In bfloat16: the input, and the up-projection's output (SonicMoE 2025, section 3.2)."""
+        return 2 * self.tokens * self.width + 4 * self.tokens * self.top_k * self.expert_width
+
 
 # TFLOP/s of one H100, forward and with the backward pass: to be reached, and aimed at; None: to be ahead of every peer
 TARGETS: dict[Shape, tuple[tuple[int, int], tuple[int, int]] | None] = {
@@ -143,14 +148,30 @@ def _dense_layer(shape: Shape, layer: Layer) -> tuple[Work, Work]:
     return _without_gradients(lambda: _dense(*inputs)), both
 
 
+OURS: dict[str, peers.Run] = {
+    "triton": lambda of: of.moe(experts_triton.expert_ffn, Layer.route_triton),
+    "grouped_mm": lambda of: of.moe(experts_grouped.expert_ffn),
+}
+
+
+def kept_bytes(layer: Layer, runs: dict[str, peers.Run]) -> dict[str, int | None]:
+    """What each keeps on the device from the forward to the backward pass beside the layer's input and output; None for what does not run."""
+    found: dict[str, int | None] = {}
+    for name, run in runs.items():
+        try:
+            before = torch.cuda.memory_allocated()
+            y_TD = run(layer)
+            found[name] = torch.cuda.memory_allocated() - before - y_TD.nbytes
+            del y_TD
+        except Exception:  # why, its row among the layers says
+            found[name] = None
+    return found
+
+
 def contestants(shape: Shape, layer: Layer, others: dict[str, peers.Run]) -> dict[str, tuple[Work, int]]:
     """Name and pass to what it runs and how many FLOPs that is by the convention: ours, the peers, and the dense layer."""
-    runs: dict[str, peers.Run] = {
-        "triton": lambda of: of.moe(experts_triton.expert_ffn, Layer.route_triton),
-        "grouped_mm": lambda of: of.moe(experts_grouped.expert_ffn),
-    }
     found: dict[str, tuple[Work, int]] = {}
-    for name, run in (runs | others).items():
+    for name, run in (OURS | others).items():
 
         def forward(run: peers.Run = run) -> object:
             return run(layer)
@@ -232,5 +253,7 @@ def benchmark(shape: Shape, device: str, seconds: float) -> dict[str, Any]:
     layer = Layer.random(shape, device)
     layers = measure(contestants(shape, layer, others), started + seconds * 0.75)
     steps = measure(parts(shape, layer), started + seconds)
-    said = {"peers": {**dict.fromkeys(others, "measured"), **absent}, "shape": asdict(shape)}
+    kept = kept_bytes(layer, OURS | others)
+    said: dict[str, Any] = {"peers": {**dict.fromkeys(others, "measured"), **absent}, "shape": asdict(shape)}
+    said |= {"kept_bytes": kept, "most_kept_bytes": shape.most_kept_bytes}
     return said | {"layers": layers, "verdict": verdict(shape, layers), "parts": steps, "clocks": clocks()}

@@ -2,7 +2,7 @@
 
 Writes what beat the usual tiles to kernels/tuned.json, with the date, the versions and both times; the last line is one JSON object. Every candidate
 is compiled ahead first, on all cores: what spills or takes too much shared memory is never run. A layer's tiles are searched product by
-product, first their sizes, then the launch order, for each number of rows that they can share.
+product, first their sizes, then the launch order and whether programs loop over tiles, for each number of rows that they can share.
 """
 
 # ruff: noqa: N806 - names of tensors carry their shape
@@ -47,6 +47,13 @@ def candidates(kernel: str, rows: int, element_bytes: int) -> Iterator[Blocks]:
     for outer, inner_bytes, warps, stages in product(OUTER, INNER_BYTES, WARPS, (5, 7) if by_weight else STAGES):
         if not by_weight or outer >= rows:
             yield Blocks(rows, outer, inner_bytes // element_bytes, warps, stages)
+
+
+def loops(kernel: str, tiles: Blocks) -> list[Blocks]:
+    """`tiles` with a loop over them, where the product has one; it takes more shared memory, and may need a stage less for that."""
+    if kernel not in ("up", "down", "input"):
+        return []
+    return [replace(tiles, persistent=True, stages=stages) for stages in (tiles.stages, tiles.stages - 1) if stages > 1]
 
 
 def fits(kernel: str, tiles: Blocks, *, dtype: str, capability: int, even: bool) -> bool:
@@ -107,7 +114,8 @@ def search(shape: Shape, layer: Layer, usual: LayerBlocks, capability: int, pool
             found = fastest(make, tried, until)
             if found is None:
                 break
-            orders = fastest(make, [replace(found[0], group=group) for group in GROUPS], until)
+            others = [tiles for tiles in loops(kernel, found[0]) if able(kernel, tiles)]
+            orders = fastest(make, [replace(tiles, group=group) for tiles in (found[0], *others) for group in GROUPS], until)
             chosen[kernel] = min(filter(None, (found, orders)), key=lambda pair: pair[1])
         if len(chosen) == len(base) and _total(chosen) < _total(best):
             best = chosen

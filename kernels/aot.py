@@ -16,7 +16,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ class Work:
 def source(kernel: Any, dtype: str, constants: dict[str, Any], descriptors: dict[str, list[int]] | None = None) -> ASTSource:
     """A kernel of the layer for aligned tensors: pointers by their names, descriptors by the tiles they are of, the rest 32-bit integers."""
     tiles = descriptors or {}
-    indices = ("token", "slot", "end", "tile_expert", "tile_start")
+    indices = ("token", "slot", "end", "tile_expert", "tile_start", "used")
     pointers = dict.fromkeys(("a", "w", "out", "kept", "bias", "dy", "hidden", "dhidden", "act", "left", "right", "rows"), f"*{dtype}")
     pointers |= dict.fromkeys(indices, "*i32") | {"gate": "*fp32", "dgate": "*fp32"}
     pointers |= {name: f"tensordesc<{dtype}[{', '.join(map(str, block))}]>" for name, block in tiles.items()}
@@ -80,15 +80,15 @@ def product(
     """A grouped product; `last`: the weights' inner dimension is their contiguous one."""
     constants = {
         "GATHER": gather, "ACTIVATION": activation, "IS_GATED": activation in GATED, "BIASED": biased, "KEEP": keep, "EVEN": even,
-        "ROWS_BY_TMA": tma and not gather, "WEIGHTS_BY_TMA": tma, "OUT_BY_TMA": tma and activation == "none", "PRECISION": precision,
-        "INNER_LAST": last, "stride_wa" if last else "stride_wb": 1,
-        "BLOCK_ROWS": blocks.rows, "BLOCK_OUTER": blocks.outer, "BLOCK_INNER": blocks.inner, "GROUP": blocks.group,
+        "ROWS_BY_TMA": tma and not gather, "WEIGHTS_BY_TMA": tma, "OUT_BY_TMA": tma and activation == "none" and not blocks.persistent,
+        "PRECISION": precision, "INNER_LAST": last, "stride_wa" if last else "stride_wb": 1,
+        "BLOCK_ROWS": blocks.rows, "BLOCK_OUTER": blocks.outer, "BLOCK_INNER": blocks.inner, "GROUP": blocks.group, "PERSISTENT": blocks.persistent,
     }  # fmt: skip
     constants |= {} if keep else {"kept": None}
     constants |= {} if biased else {"bias": None}
     descriptors = {"w": [1, blocks.outer, blocks.inner] if last else [1, blocks.inner, blocks.outer]}
     descriptors |= {} if gather else {"a": [blocks.rows, blocks.inner]}
-    descriptors |= {"out_tma": [blocks.rows, blocks.outer]} if activation == "none" else {}
+    descriptors |= {"out_tma": [blocks.rows, blocks.outer]} if constants["OUT_BY_TMA"] else {}
     return Work(source(_grouped_gemm, dtype, constants, descriptors if tma else None), blocks, True, tma, gather)
 
 
@@ -135,6 +135,7 @@ def layer(
     yield "weight_gradient out", weight_gradient(dtype, blocks.weight_out, gather="left", **given)
 
 
+LOOPED = ("up", "down", "input_gradient")
 ALL = ("up", "down", "input_gradient", "hidden_gradient", "weight_gradient in", "weight_gradient out")
 # What the layer is compiled as, its type, its activation, with biases, the width of both sides, without descriptors, and which of the products.
 LAYERS: tuple[tuple[str, str, str, bool, int, bool, tuple[str, ...]], ...] = (
@@ -168,6 +169,8 @@ def works(capability: int) -> Iterator[tuple[str, Work]]:
                 yield kernel + suffix, work
         if not suffix:
             yield "up, evaluation", next(layer(dtype, blocks, activation, tma=tma, keep=False))[1]
+            looped = LayerBlocks(*(replace(of, persistent=True) for of in blocks))
+            yield from ((f"{kernel}, persistent", work) for kernel, work in layer(dtype, looped, activation, tma=tma) if kernel in LOOPED)
     for case, blocks, entry in tuned():
         if entry["capability"] == capability:
             even = all(width % 256 == 0 for width in (case.width, case.expert_width))

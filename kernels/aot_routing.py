@@ -29,7 +29,9 @@ ROUTERS = {
 }
 BIASED = ("deepseek-v3", "largest", "padded groups", "widest tile")
 OUTPUTS = {"expert_out": "*i64", "expert_in": "*i64", "count_out": "*i32", "sum_out": "*fp32", "dmean": "*fp32", "bias": "*fp32", "scale": "fp32"}
-SORTING = {"expert": "*i64", "row_out": "*i64"} | dict.fromkeys(("count", "total", "token", "slot", "end_out", "tile_expert", "tile_start"), "*i32")
+SORTING = {"expert": "*i64", "row_out": "*i64"} | dict.fromkeys(
+    ("count", "total", "token", "slot", "end_out", "tile_expert", "tile_start", "used"), "*i32"
+)
 Work = tuple[str, ASTSource, int]
 
 

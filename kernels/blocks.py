@@ -21,7 +21,10 @@ TUNED = Path(__file__).with_name("tuned.json")
 
 @dataclass(frozen=True)
 class Blocks:
-    """Tile sizes and launch parameters; `group` row tiles run next to each other for every column, so that the second-level cache serves them."""
+    """Tile sizes and launch parameters; `group` row tiles run next to each other for every column, so that the second-level cache serves them.
+
+    `persistent`: as many programs as run at a time make tile after tile, for those of the products that can (`grouped_gemm_triton`).
+    """
 
     rows: int = 128
     outer: int = 128
@@ -29,6 +32,7 @@ class Blocks:
     warps: int = 8
     stages: int = 3
     group: int = 8
+    persistent: bool = False
 
 
 Kernel = Literal["up", "down", "hidden", "input", "weight_in", "weight_out"]

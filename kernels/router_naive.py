@@ -7,7 +7,6 @@ node-limited groups (DeepSeek-V3, section 2.1.2).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -16,8 +15,7 @@ from torch import Tensor
 LOWEST_SUM = 1e-20  # Scores that a token's experts were not chosen by (bias, groups, chance) may all be 0 in float32.
 
 
-@dataclass(frozen=True)
-class Rule:
+class Rule(NamedTuple):
     """How logits become scores, scores a choice, and a choice gates.
 
     The choice is by score, or `by_logit`; from all experts, or from the `top_groups` best of `n_groups` equal, consecutive groups, each of

@@ -9,7 +9,6 @@ Letters: T tokens, E experts, K chosen per token, G groups of experts, S experts
 
 from __future__ import annotations
 
-from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -240,7 +239,7 @@ def constants_backward(rule: Rule, n_experts: int) -> dict[str, Any]:
 
 def route(logits_TE: Tensor, bias_E: Tensor | None, rule: Rule) -> Routed:
     """As `router_naive.route`, for logits that the kernels cover; equal choices go to the lower expert."""
-    prob_TE, score_TE, choice_TE, expert_TK, gate_TK, count_E, prob_E = _route_op(logits_TE, bias_E, *astuple(rule))
+    prob_TE, score_TE, choice_TE, expert_TK, gate_TK, count_E, prob_E = _route_op(logits_TE, bias_E, *rule)
     if rule.score == "softmax":
         score_TE = prob_TE
     if bias_E is None and not rule.limited:

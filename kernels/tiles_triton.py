@@ -56,7 +56,7 @@ def _place(
 
 @triton.jit
 def _map(
-    total, end_out, tile_expert, tile_start, n_blocks, n_tiles,
+    total, end_out, tile_expert, tile_start, used, n_blocks, n_tiles,
     TILE_ROWS: tl.constexpr, N_EXPERTS: tl.constexpr, BINS: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """The tiles of one expert; the last program marks those without work."""
@@ -70,6 +70,8 @@ def _map(
     stop = tl.where(expert < N_EXPERTS, first + tl.sum(tl.where(bins == expert, tiles, 0), 0), n_tiles)
     if expert < N_EXPERTS:
         tl.store(end_out + expert, tl.sum(tl.where(bins == expert, end, 0), 0))
+    else:
+        tl.store(used, first)
     for tile in range(first, stop, PART):
         at = tile + tl.arange(0, PART)
         tl.store(tile_expert + at, tl.zeros((PART,), dtype=tl.int32) + expert, mask=at < stop)
@@ -84,9 +86,13 @@ def make_tiles(expert_TK: Tensor, n_experts: int, block_rows: int) -> Tiles:
     def empty(*size: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty(size, dtype=dtype, device=expert_TK.device)
 
-    tiles = Tiles(empty(n_rows), empty(n_rows), empty(*expert_TK.shape, dtype=torch.int64), empty(n_experts), empty(n_tiles), empty(n_tiles))
+    tiles = Tiles(
+        token_R=empty(n_rows), slot_R=empty(n_rows), row_TK=empty(*expert_TK.shape, dtype=torch.int64),
+        end_E=empty(n_experts), expert_M=empty(n_tiles), start_M=empty(n_tiles), used_1=empty(1),
+    )  # fmt: skip
     if n_rows == 0:
         tiles.end_E.zero_()
+        tiles.used_1.zero_()
         return tiles
     expert_TK, bins = expert_TK.contiguous(), triton.next_power_of_2(n_experts + 1)
     count_EN = empty(n_experts + 1, n_blocks)
@@ -97,6 +103,7 @@ def make_tiles(expert_TK: Tensor, n_experts: int, block_rows: int) -> Tiles:
         TOP_K=expert_TK.shape[1], N_EXPERTS=n_experts, BLOCK=BLOCK, PART=PART,
     )  # fmt: skip
     _map[(n_experts + 1,)](
-        total, tiles.end_E, tiles.expert_M, tiles.start_M, n_blocks, n_tiles, TILE_ROWS=block_rows, N_EXPERTS=n_experts, BINS=bins, PART=BLOCK
+        total, tiles.end_E, tiles.expert_M, tiles.start_M, tiles.used_1, n_blocks, n_tiles,
+        TILE_ROWS=block_rows, N_EXPERTS=n_experts, BINS=bins, PART=BLOCK,
     )  # fmt: skip
     return tiles

@@ -195,5 +195,16 @@ def test_the_verdict_is_against_the_best_peer_and_the_figures_to_reach():
 
 
 def test_only_our_own_failures_fail_the_run():
-    measured = {"shape": {"tokens": 1}, "layers": {"triton forward": {"error": "x"}, "liger forward": {"error": "y"}}, "parts": {"up": {}}}
+    measured: dict[str, Any] = {"shape": {"tokens": 1}, "layers": {"triton forward": {"error": "x"}, "liger forward": {"error": "y"}}}
+    measured |= {"parts": {"up": {}}, "kept_bytes": {"triton": 10, "liger": 30}, "most_kept_bytes": 20}
     assert gpu.broken(measured) == ["triton forward of {'tokens': 1}: x"]
+    measured |= {"layers": {}, "kept_bytes": {"triton": 21}}
+    assert gpu.broken(measured) == ["triton of {'tokens': 1} keeps 21 bytes for the backward pass, more than 20"]
+
+
+def test_what_is_kept_is_asked_of_everybody():
+    def fails(of: kernels.Layer) -> torch.Tensor:
+        raise RuntimeError
+
+    assert kernels.kept_bytes(small_layer(), {**kernels.OURS, "fails": fails}).keys() == {"triton", "grouped_mm", "fails"}
+    assert SMALL.most_kept_bytes == 2 * 16 * 16 + 4 * 16 * 2 * 16

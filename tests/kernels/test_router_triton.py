@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import astuple, replace
 
 import pytest
 import torch
@@ -33,7 +32,7 @@ DIFFERENTIABLE = ("prob_TE", "gate_TK", "score_TE", "prob_E")
 
 def given_rule(name: str, n_experts: int, top_k: int) -> Rule:
     """A rule for so many experts: groups of at least two."""
-    return replace(RULES[name], top_k=top_k) if n_experts >= 8 else replace(RULES[name], top_k=top_k, n_groups=1, top_groups=1)
+    return RULES[name]._replace(top_k=top_k) if n_experts >= 8 else RULES[name]._replace(top_k=top_k, n_groups=1, top_groups=1)
 
 
 def loop(logits: list[float], bias: list[float], rule: Rule) -> tuple[list[int], list[float], list[float]]:
@@ -223,7 +222,7 @@ def test_only_the_logits_are_kept_of_what_has_a_row_for_each_token_and_expert():
 @pytest.mark.parametrize("name", ["softmax", "sigmoid", "groups by best two"])
 def test_the_operations_are_registered_as_torch_asks(name):
     rule, logits = RULES[name], torch.randn(5, 8, requires_grad=True)
-    torch.library.opcheck(router_triton._route_op, (logits, torch.rand(8), *astuple(rule)))
+    torch.library.opcheck(router_triton._route_op, (logits, torch.rand(8), *rule))
     expert, dgate, dprob = torch.arange(3).expand(5, 3).contiguous(), torch.randn(5, 3), torch.randn(5, 8)
     torch.library.opcheck(
         router_triton._route_backward_op, (logits.detach(), expert, dgate, dprob, None, torch.randn(8), rule.score, rule.gate, rule.scale)

@@ -40,6 +40,7 @@ def check(expert: Tensor, n_experts: int) -> None:
         start = end
     assert list(zip(got.expert_M.tolist(), got.start_M.tolist(), strict=True))[: len(tiles)] == tiles
     assert got.expert_M.tolist()[len(tiles) :] == [n_experts] * (len(got.expert_M) - len(tiles))
+    assert got.used_1.tolist() == twin.used_1.tolist() == [len(tiles)]
     for name, mine in vars(got).items():
         theirs = getattr(twin, name)
         assert (mine.dtype, mine.shape) == (theirs.dtype, theirs.shape), name
@@ -61,7 +62,12 @@ def test_any_assignment(data, n_tokens, top_k, n_experts):
 
 def test_no_assignment_at_all():
     tiles = tiles_triton.make_tiles(torch.zeros(0, 2, dtype=torch.int64), 3, TILE_ROWS)
-    assert tiles.end_E.tolist() == [0, 0, 0] and len(tiles.expert_M) == len(tiles.slot_R) == 0 and tiles.row_TK.shape == (0, 2)
+    assert (
+        tiles.end_E.tolist() == [0, 0, 0]
+        and tiles.used_1.tolist() == [0]
+        and len(tiles.expert_M) == len(tiles.slot_R) == 0
+        and tiles.row_TK.shape == (0, 2)
+    )
 
 
 def test_experts_laid_out_otherwise():

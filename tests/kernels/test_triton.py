@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,10 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from kernels import blocks, experts_naive, experts_triton, grouped_gemm_naive
+from kernels import descriptor as descriptors
 from kernels.activation import GATED
 from kernels.combine_triton import combine
-from kernels.descriptor import descriptor, weight_descriptor
+from kernels.descriptor import ROUNDS, descriptor, weight_descriptor
 from kernels.experts_backward_triton import row_sum, weight_gradient
 from kernels.grouped_gemm_triton import grouped_gemm, make_tiles
 from kernels.tf32_triton import rounded
@@ -62,7 +64,11 @@ def test_grouped_gemm_equals_its_twin(kind, shape, gather, activation):
         a[kept:] = float("nan")
     w = torch.randn(n_experts, 2 * n_outer if activation in GATED else n_outer, n_inner)
     bias = torch.randn(w.shape[:2]) if activation in GATED else None
-    got = grouped_gemm(a, w, tiles, gather=gather, activation=activation, bias_EB=bias, blocks=SMALL)
+    got, looped = (
+        grouped_gemm(a, w, tiles, gather=gather, activation=activation, bias_EB=bias, blocks=replace(SMALL, persistent=persistent))
+        for persistent in (False, True)
+    )
+    assert torch.equal(got[:kept], looped[:kept]) and looped[kept:].isnan().all()
     wanted = grouped_gemm_naive.grouped_gemm(a, w, tiles.token_R, tiles.end_E.tolist(), gather=gather, activation=activation, bias_EB=bias)
     torch.testing.assert_close(got[:kept], wanted[:kept], rtol=1e-4, atol=1e-4)
     assert got[kept:].isnan().all()  # nothing was written there
@@ -87,8 +93,18 @@ def test_a_descriptor_is_made_only_of_what_it_can_take():
     rows_of_40_bytes, rows_of_24_bytes, repeated = torch.randn(4, 8, 10), whole.bfloat16(), whole[:1].expand(4, 8, 12)
     for refused in (whole[:, :, 1:], whole.transpose(1, 2), rows_of_40_bytes, rows_of_24_bytes, whole[:0], repeated):
         assert descriptor(refused, [1, 16, 16]) is None
-    rounded = {precision: descriptor(whole, [1, 16, 16], precision=precision).round_f32_to_tf32 for precision in ("tf32", "tf32x3", None)}
-    assert rounded == {"tf32": True, "tf32x3": False, None: False}
+    exact = [descriptor(whole, [1, 16, 16], precision=precision) for precision in ("tf32x3", None)]
+    for_tf32 = descriptor(whole, [1, 16, 16], precision="tf32")
+    if ROUNDS:
+        assert [of.round_f32_to_tf32 for of in (*exact, for_tf32)] == [False, False, True]
+    else:
+        assert for_tf32 is None and None not in exact  # by pointers, which are rounded
+
+
+def test_without_a_descriptor_that_rounds_tf32_goes_by_pointers(monkeypatch):
+    monkeypatch.setattr(descriptors, "ROUNDS", False)
+    assert descriptor(torch.randn(4, 8, 12), [1, 16, 16], precision="tf32") is None
+    assert descriptor(torch.randn(4, 8, 12).bfloat16()[:, :, :8].contiguous(), [1, 16, 16], precision="tf32") is not None
 
 
 def test_tf32_is_the_nearest():
