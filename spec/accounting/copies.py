@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from spec.accounting.attention import attention_counts, attention_router
-from spec.accounting.count import count, layer_parts, mtp_parts, trained
+from spec.accounting.count import count, layer_parts, mtp_parts, n_attentions, trained
 from spec.accounting.quantity import Count
 from spec.experiment import ExperimentSpec
 from spec.model import Model
@@ -32,7 +32,7 @@ class Weights:
         """Of `model`, its blocks of multi-token prediction among the blocks."""
         parts, ahead, none = count(model), mtp_parts(model), Count()
         both = {name: parts[name] + ahead.get(name, none) for name in ("attention", "dense_ffn", "shared_experts", "experts", "routers")}
-        routers = attention_router(model) * (model.n_layers + model.mtp_depth)
+        routers = attention_router(model) * (n_attentions(model) + model.mtp_depth)
         one = layer_parts(model)
         attention = _matrices(attention_counts(model, 1, last=True)[0]) - attention_router(model)
         return cls(

@@ -19,6 +19,11 @@ def n_moe_layers(model: Model) -> int:
     return len(model.moe_layers()) + len(model.moe_layers(model.encoder_layers))
 
 
+def n_attentions(model: Model) -> int:
+    """Attention blocks of both stacks, cross-attention among them, without those of multi-token prediction."""
+    return model.n_layers + model.encoder_layers + (model.n_layers if model.encoder_layers else 0)
+
+
 def n_mtp_moe_layers(model: Model) -> int:
     """MoE layers of the blocks of multi-token prediction, which are of the last layer's kind."""
     return model.mtp_depth if model.n_layers - 1 in model.moe_layers() else 0
@@ -28,7 +33,7 @@ def count(model: Model) -> dict[str, Count]:
     """The parameters of each of PARTS. A token uses those of mtp in training alone: none are active."""
     d, stacks = model.d_model, 2 if model.encoder_layers else 1
     layers, sparse = model.n_layers + model.encoder_layers, n_moe_layers(model)
-    attentions = layers + (model.n_layers if model.encoder_layers else 0)
+    attentions = n_attentions(model)
     attention, inner_norms = attention_counts(model, attentions)
     if model.position == "t5_relative":
         positions = vector(stacks * T5_BUCKETS * model.attention.n_heads)
@@ -78,7 +83,7 @@ def trained(model: Model, train: str) -> Trained:
     parts, ahead = count(model), mtp_parts(model)
     moe = {name: parts[name].total + ahead.get(name, Count()).total for name in ("routers", "experts", "shared_experts")}
     whole = sum(part.total for part in parts.values())
-    in_attention = attention_router(model) * (model.n_layers + model.mtp_depth)
+    in_attention = attention_router(model) * (n_attentions(model) + model.mtp_depth)
     if train == "only_router":
         return Trained(moe["routers"] + in_attention, 0, moe["routers"] + in_attention)
     if train == "only_moe":

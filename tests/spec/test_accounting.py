@@ -78,7 +78,8 @@ def test_bytes_follow_from_the_parameters(spec: ExperimentSpec) -> None:
 @given(specs())
 def test_copies_are_of_the_matrices_that_products_take(spec: ExperimentSpec) -> None:
     attention, moe = spec.model.attention, spec.model.moe
-    assume(not (attention.kind == "gqa" and attention.experts and (attention.bias or attention.output_bias or attention.sinks)))
+    if attention.kind == "gqa" and attention.experts:  # vectors beside experts are counted among these, in part
+        assume(not (attention.bias or attention.output_bias or attention.sinks or spec.model.position == "t5_relative"))
     assume(moe is None or moe.bias != "layer")
     plain = spec.model_dump()
     plain["parallel"]["shard"] = False
