@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import attention_cpu, attention_masked, experts_cpu, experts_grouped, experts_naive, experts_padded, rms_norm_cpu, router_naive
+from kernels import attention_cpu, attention_masked, experts_cpu, experts_grouped, experts_naive, experts_padded, launcher, rms_norm_cpu, router_naive
 from kernels import expert_linear as linear
+from kernels.given_cast import given
 
 if TYPE_CHECKING:
     from kernels.grouped_gemm_triton import Tiles
 
-HAS_TRITON = find_spec("triton") is not None  # asked once: a compiled layer must not look for modules
+TRITON_LACKS = launcher.lacking()  # asked once: a compiled layer must not look for programs
+HAS_TRITON = TRITON_LACKS is None
 WANTED = os.environ.get("MOELAB_EXPERTS") or None
 """What runs the experts on a CUDA device, whatever would be chosen: "triton", "grouped_mm" or "naive"."""
 
@@ -33,13 +34,14 @@ def expert_ffn(
     capacity: int | None = None,
     most_rows: int | None = None,
     lap: Callable[[str], None] | None = None,
+    casts: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """y_t = sum_k gate_tk * FFN_expert_tk(x_t), with products in x's dtype; expert E stands for a dropped assignment.
 
     H is 2F (gate rows first) for gated activations, else F. Differentiable in all but `expert_TK` (int64). With a `capacity`, which no
     expert may exceed, every expert runs over exactly so many rows. `most_rows`: how many assignments can be other than dropped, where
     that is known to be fewer than T * K; it saves memory. `lap`, if given, is told as each part begins: dispatch, experts, combine;
-    what one kernel does together is experts.
+    what one kernel does together is experts. `casts`: both weights in x's dtype, where somebody has cast them already.
     """
     which = _expert_ffn(x_TD.device.type, x_TD.dtype, padded=capacity is not None, aligned=is_aligned(*w_out_EDF.shape[1:]))
     if which == "cpu" and torch.compiler.is_compiling():
@@ -47,13 +49,15 @@ def expert_ffn(
 
         return compiled.expert_ffn(x_TD, w_in_EHD, w_out_EDF, expert_TK, gate_TK, activation, b_in_EH)
     if which == "cpu":
-        return experts_cpu.expert_ffn(x_TD, w_in_EHD, w_out_EDF, expert_TK, gate_TK, activation, b_in_EH, lap)
+        return experts_cpu.expert_ffn(x_TD, w_in_EHD, w_out_EDF, expert_TK, gate_TK, activation, b_in_EH, lap, casts)
     if lap is not None:
         lap("experts")
     if which == "triton":
         from kernels import experts_triton
 
-        return experts_triton.expert_ffn(x_TD, w_in_EHD, w_out_EDF, expert_TK, gate_TK, activation, b_in_EH, most_rows)
+        return experts_triton.expert_ffn(x_TD, w_in_EHD, w_out_EDF, expert_TK, gate_TK, activation, b_in_EH, most_rows, casts)
+    if casts is not None:
+        w_in_EHD, w_out_EDF = given(w_in_EHD, casts[0]), given(w_out_EDF, casts[1])
     if capacity is not None:
         return experts_padded.expert_ffn(x_TD, w_in_EHD, w_out_EDF, expert_TK, gate_TK, activation, b_in_EH, capacity=capacity)
     run = {"grouped_mm": experts_grouped.expert_ffn, "naive": experts_naive.expert_ffn}[which]
@@ -89,7 +93,8 @@ def _expert_ffn(device: str, dtype: torch.dtype, *, padded: bool = False, aligne
         return next(name for name, able in can.items() if able)
     if not can.get(WANTED):
         ways = ", ".join(name for name, able in can.items() if able)
-        raise ValueError(f"MOELAB_EXPERTS is {WANTED!r}; what can run experts in {str(dtype).removeprefix('torch.')} on {device} here: {ways}")
+        lacks = f" (not Triton: {TRITON_LACKS})" if WANTED == "triton" and not HAS_TRITON else ""
+        raise ValueError(f"MOELAB_EXPERTS is {WANTED!r}; what can run experts in {str(dtype).removeprefix('torch.')} on {device} here: {ways}{lacks}")
     return WANTED
 
 
@@ -163,7 +168,7 @@ def implementations(
 
     `padded`: the experts run over exactly their capacity; `masked`: some attention is not plainly causal;
     `aligned`: see `is_aligned`, of the model's and the experts' widths; `compiled`: training's blocks go through torch.compile; `scored`: experts
-    and k of a router that takes the k highest scores (others are plain torch).
+    and k of a router that takes the k highest scores (others are plain torch). Where Triton would run but cannot, `triton` says why.
     """
     kind = torch.device(device).type
     ours = kind == "cpu" and not compiled
@@ -174,4 +179,5 @@ def implementations(
         **({"attention (masked)": "blocks"} if masked else {}),
         "rms_norm": "cpu" if ours else "torch",
         **({"blocks": "torch.compile"} if compiled else {}),
+        **({"triton": f"not used: {TRITON_LACKS}"} if kind == "cuda" and TRITON_LACKS else {}),
     }

@@ -71,8 +71,10 @@ def expert_ffn(
     activation: str,
     b_in_EH: Tensor | None = None,
     lap: Lap | None = None,
+    casts: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """As `experts_naive.expert_ffn`. Products are in x's dtype whatever the weights' dtype; weight gradients have the weights'.
+    `casts` are both weights in x's dtype, where somebody has cast them already.
 
     Bit-reproducible for a given number of threads. `lap` is told when dispatch, experts and combine begin, in both passes: the gather of
     rows, a piece at a time before its products, is the experts'. Raises KeyError for an unknown activation.
@@ -80,7 +82,7 @@ def expert_ffn(
     lap = lap or _silent
     lap("dispatch")
     plan = make_plan(expert_TK, w_in_EHD.shape[0], multiple(x_TD.dtype))
-    y_TD: Tensor = _ExpertFfn.apply(x_TD, w_in_EHD, w_out_EDF, gate_TK, b_in_EH, plan, activation, lap)
+    y_TD: Tensor = _ExpertFfn.apply(x_TD, w_in_EHD, w_out_EDF, gate_TK, b_in_EH, plan, activation, lap, casts)
     return y_TD
 
 
@@ -196,10 +198,11 @@ class _ExpertFfn(torch.autograd.Function):
         plan: Plan,
         activation: str,
         lap: Lap,
+        casts: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
         ctx.dtypes = Dtypes(w_in_EHD.dtype, w_out_EDF.dtype, gate_TK.dtype, None if b_in_EH is None else b_in_EH.dtype)
         ctx.plan, ctx.activation, ctx.lap = plan, activation, lap
-        w_in_EHD, w_out_EDF = w_in_EHD.to(x_TD.dtype), w_out_EDF.to(x_TD.dtype)
+        w_in_EHD, w_out_EDF = casts or (w_in_EHD.to(x_TD.dtype), w_out_EDF.to(x_TD.dtype))
         h_RH = x_TD.new_empty(plan.n_rows, w_in_EHD.shape[1])
         y_TD = forward(x_TD, w_in_EHD, w_out_EDF, gate_TK, b_in_EH, plan, activation, h_RH, lap)
         ctx.save_for_backward(x_TD, w_in_EHD, w_out_EDF, gate_TK, h_RH)
@@ -208,7 +211,7 @@ class _ExpertFfn(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
-        return *backward(dy_TD, *ctx.saved_tensors, ctx.plan, ctx.activation, ctx.dtypes, ctx.lap), None, None, None
+        return *backward(dy_TD, *ctx.saved_tensors, ctx.plan, ctx.activation, ctx.dtypes, ctx.lap), None, None, None, None
 
 
 def _gates(x_TD: Tensor, gate_TK: Tensor, plan: Plan) -> Tensor:

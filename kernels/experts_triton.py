@@ -34,19 +34,25 @@ def expert_ffn(
     activation: str,
     b_in_EH: Tensor | None = None,
     most_rows: int | None = None,
+    casts: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """As `experts_naive.expert_ffn`, with products in x's dtype (float32 as `torch.set_float32_matmul_precision` says); the weights' and biases'
     gradients have their own.
 
-    `most_rows`, where given, is how many assignments can be other than dropped: memory is taken for so many. More would be lost.
+    `most_rows`, where given, is how many assignments can be other than dropped: memory is taken for so many. More would be lost. `casts` are both
+    weights in x's dtype, where somebody has cast them already; else each pass casts them anew.
     """
     n_rows = expert_TK.numel() if most_rows is None else min(expert_TK.numel(), most_rows)
-    y_TD, _ = _expert_ffn(x_TD, w_in_EHD, w_out_EDF, expert_TK, gate_TK, b_in_EH, activation, n_rows, torch.is_grad_enabled())
+    y_TD, _ = _expert_ffn(x_TD, w_in_EHD, w_out_EDF, expert_TK, gate_TK, b_in_EH, activation, n_rows, torch.is_grad_enabled(), *(casts or ()))
     return y_TD
 
 
 def _layer_blocks(x_TD: Tensor, w_out_EDF: Tensor, n_rows: int, activation: str) -> LayerBlocks:
     return layer_blocks(x_TD, len(w_out_EDF), w_out_EDF.shape[2], n_rows, gated=activation in GATED)
+
+
+def _cast(weight: Tensor, cast: Tensor | None, x_TD: Tensor) -> Tensor:
+    return weight.to(x_TD.dtype) if cast is None else cast
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -75,9 +81,11 @@ def _expert_ffn(
     activation: str,
     n_rows: int,
     keep: bool,
+    cast_in_EHD: Tensor | None = None,
+    cast_out_EDF: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The layer's output, and H where it is to be kept (else nothing: [0, H])."""
-    w_in, w_out = w_in_EHD.to(x_TD.dtype), w_out_EDF.to(x_TD.dtype)
+    w_in, w_out = _cast(w_in_EHD, cast_in_EHD, x_TD), _cast(w_out_EDF, cast_out_EDF, x_TD)
     blocks, precision = _layer_blocks(x_TD, w_out, n_rows, activation), _precision(x_TD.dtype)
     tiles = _tiles(expert_TK, len(w_in), n_rows, blocks.up.rows)
     h_RH = x_TD.new_empty(n_rows if keep else 0, w_in.shape[1])
@@ -98,6 +106,8 @@ def _(
     activation: str,
     n_rows: int,
     keep: bool,
+    cast_in_EHD: Tensor | None = None,
+    cast_out_EDF: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x_TD), x_TD.new_empty(n_rows if keep else 0, w_in_EHD.shape[1])
 
@@ -113,9 +123,11 @@ def _expert_ffn_backward(
     b_in_EH: Tensor | None,
     h_RH: Tensor,
     activation: str,
+    cast_in_EHD: Tensor | None = None,
+    cast_out_EDF: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, both weights, the gates and the biases ([0] without). The sorting is made again: cheaper than to keep it."""
-    w_in, w_out, n_rows = w_in_EHD.to(x_TD.dtype), w_out_EDF.to(x_TD.dtype), len(h_RH)
+    w_in, w_out, n_rows = _cast(w_in_EHD, cast_in_EHD, x_TD), _cast(w_out_EDF, cast_out_EDF, x_TD), len(h_RH)
     blocks, precision = _layer_blocks(x_TD, w_out, n_rows, activation), _precision(x_TD.dtype)
     tiles = _tiles(expert_TK, len(w_in), n_rows, blocks.hidden.rows)
     x_TD, dy_TD = rounded(x_TD, precision), rounded(dy_TD, precision)
@@ -140,14 +152,16 @@ def _(
     b_in_EH: Tensor | None,
     h_RH: Tensor,
     activation: str,
+    cast_in_EHD: Tensor | None = None,
+    cast_out_EDF: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     db_in_EH = h_RH.new_empty(0) if b_in_EH is None else torch.empty_like(b_in_EH)
     return torch.empty_like(x_TD), torch.empty_like(w_in_EHD), torch.empty_like(w_out_EDF), torch.empty_like(gate_TK), db_in_EH
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.activation, _n_rows, _keep = inputs
-    ctx.save_for_backward(*tensors, output[1])
+    *tensors, ctx.activation, _n_rows, _keep, cast_in, cast_out = inputs
+    ctx.save_for_backward(*tensors, output[1], cast_in, cast_out)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # or H would get a gradient of zeros, as large as itself
 
@@ -155,9 +169,10 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _backward(ctx: Any, dy_TD: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors  # a checkpoint lets them be taken once
     if dy_TD is None:
-        return (None,) * 9
-    dx, dw_in, dw_out, dgate, db_in = _expert_ffn_backward(dy_TD, *saved, ctx.activation)
-    return dx, dw_in, dw_out, None, dgate, None if saved[5] is None else db_in, None, None, None
+        return (None,) * 11
+    *tensors, cast_in, cast_out = saved
+    dx, dw_in, dw_out, dgate, db_in = _expert_ffn_backward(dy_TD, *tensors, ctx.activation, cast_in, cast_out)
+    return dx, dw_in, dw_out, None, dgate, None if saved[5] is None else db_in, None, None, None, None, None
 
 
 _expert_ffn.register_autograd(_backward, setup_context=_keep)

@@ -29,6 +29,7 @@ class Experts(nn.Module):
         super().__init__()
         self.n_experts, self.activation, self.mesh = n_experts, activation, mesh
         self.slots: Slots | None = None  # where experts are placed by load, which is for evaluation (moe.placed)
+        self.casts: tuple[Tensor, Tensor] | None = None  # both matrices as products take them, while `Transformer.experts_cast` keeps them
         held = n_experts if mesh is None else n_experts // mesh.expert
         rows = 2 * d_expert if activation in GATED else d_expert
         self.w_in = nn.Parameter(torch.empty(held, rows, d_model))
@@ -69,6 +70,11 @@ class Experts(nn.Module):
         return parallel.expert_ffn(x_TD, expert_TK, gate_TK, n_slots, self.mesh, here, beside, laps)
 
     @torch.no_grad()
+    def cast(self, dtype: torch.dtype) -> None:
+        """Keeps both matrices in `dtype` for the forward and backward passes to come, until the weights change."""
+        self.casts = self.w_in.to(dtype), self.w_out.to(dtype)
+
+    @torch.no_grad()
     def draw(self, weight: Tensor, std: float) -> None:
         """Fills one of its parameters, drawn for all experts whatever this rank holds, so that the model does not depend on the ranks."""
         if self.mesh is None:
@@ -80,7 +86,8 @@ class Experts(nn.Module):
     def _here(self, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, capacity: int | None, most_rows: int | None, laps: Laps | None) -> Tensor:
         """With the experts that this rank holds, numbered from 0."""
         lap = None if laps is None else laps.mark
-        y_TD = dispatch.expert_ffn(x_TD, self.w_in, self.w_out, expert_TK, gate_TK, self.activation, self.b_in, capacity, most_rows, lap)
+        given = self.activation, self.b_in, capacity, most_rows, lap, self.casts
+        y_TD = dispatch.expert_ffn(x_TD, self.w_in, self.w_out, expert_TK, gate_TK, *given)
         if laps is not None:
             y_TD = laps.enter("combine", y_TD)
         if self.b_out is None:

@@ -10,7 +10,8 @@ matrix products then are bfloat16, while weights, residual stream, routers (unle
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -195,6 +196,22 @@ class Transformer(nn.Module):
     def is_compiled(self) -> bool:
         """Whether training goes through torch.compile."""
         return bool(self._compiled)
+
+    @contextmanager
+    def experts_cast(self, dtype: torch.dtype, laps: Laps | None = None) -> Iterator[None]:
+        """Within it experts' matrices are cast to `dtype` once, for all passes: the weights must not change. Gradients are the weights' own."""
+        experts = [module for module in self.modules() if isinstance(module, Experts) and module.w_in.dtype != dtype]
+        if laps is not None and experts:
+            laps.mark("experts")
+        for module in experts:
+            module.cast(dtype)
+        if laps is not None and experts:
+            laps.mark("other")
+        try:
+            yield
+        finally:
+            for module in experts:
+                module.casts = None
 
     def begin_step(self) -> None:
         """Called before the first micro-batch of an optimiser step: what balances over whole steps starts anew."""

@@ -131,8 +131,8 @@ class RunStarted(_Event):
     resumed_from_step: Step | None = Field(None, description="Last step of the checkpoint it continues from.")
     world_size: int = Field(1, ge=1, le=65536)
     devices: list[Storable] = Field(default_factory=list, max_length=4096, description="One per rank.")
-    total_params: Size = 0
-    active_params: Size = 0
+    total_params: Size = Field(0, description="Of the whole model, whatever a rank holds; those of multi-token prediction are not counted.")
+    active_params: Size = Field(0, description="Of the whole model, those that one token uses, embeddings among them.")
     tokens_per_step: Size = 0
     steps: Step = Field(0, description="Steps that the run is to make; 0 where nobody knows.")
     moe_layers: list[Step] = Field(

@@ -1,8 +1,13 @@
 """What a device can do at best, for model FLOP utilisation: TFLOP/s of dense matrix products.
 
-Source: NVIDIA's data sheets and architecture papers (A100, H100, H200, HGX B200, GB200 NVL72, L4, L40S, A10; GA102, AD102 and Blackwell papers
-for the RTX cards, with float32 accumulation). Where a sheet gives the figure with 2:4 sparsity, half of it stands here. float32 is
-that of the plain cores, IEEE. Clocks are the sheet's boost clocks: a device that is held below them shows less.
+Sources: NVIDIA's data sheets of A100 (80 GB), H100 (SXM, PCIe, NVL), H200, HGX B200, GB200 NVL72, L4, L40S and A10, and its architecture papers
+for the RTX cards (GA102, appendix A; Ada; Blackwell), with float32 accumulation. Where a sheet gives the figure with 2:4 sparsity, half of it
+stands here. Clocks are the sheet's boost clocks: a device that is held below them shows less.
+
+float32 means products that are as exact as IEEE float32, which a run makes in two ways: torch's on the plain cores, and Triton's experts as three
+products of tf32 parts on the matrix units ("tf32x3", kernels/experts_triton.py). Its peak is the better of the two, the plain cores' figure
+or a third of tf32's, which no mixture of kernels that run one after the other exceeds. So the MFU of a float32 run on H100 is that of 165
+TFLOP/s, of which its dense layers, on the plain cores, reach 67 at most.
 """
 
 from __future__ import annotations
@@ -10,13 +15,20 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+TF32_PRODUCTS = 3  # that make one of float32
+
 
 class Peak(NamedTuple):
-    """Dense TFLOP/s by the precision of the products, in the words of training.precision."""
+    """Dense TFLOP/s by the precision of the products, in the words of training.precision; `plain` is IEEE float32 on the plain cores."""
 
     bfloat16: float
     tf32: float
-    float32: float
+    plain: float
+
+    @property
+    def float32(self) -> float:
+        """The better way to float32: the plain cores, or three tf32 products for one."""
+        return max(self.plain, self.tf32 / TF32_PRODUCTS)
 
 
 # By the words of the name that the driver gives; the first that has all of them counts.

@@ -47,7 +47,7 @@ class Training(Part):
     activation_recompute: bool = field(False, "Recompute each layer's activations in the backward pass to save memory.")
     compile: bool = field(
         False,
-        "Run the layers through torch.compile: faster steps after a slower start. Needs Triton on CUDA, a C++ compiler on a CPU.",
+        "Run the layers through torch.compile: faster steps after a slower start. Needs Triton and a C compiler on CUDA, a C++ compiler on a CPU.",
     )
 
     @property
@@ -70,7 +70,9 @@ class Parallel(Part):
     nodes: int = field(1, "Hosts that share the run; its ranks are divided evenly over them.", ge=1, le=256, unit="hosts")
     shard: bool = field(
         False,
-        "Shard the weights that are not experts', their gradients and moments over all ranks (FSDP2); a layer's are whole only while it runs.",
+        "Shard the weights that are not experts', their gradients and moments over all ranks (FSDP2); a layer's are whole only while it runs, in the "
+        "training's precision. Embeddings and output projection are whole for a micro-batch; in bfloat16 routers, norms and biases always. With "
+        "grad_accumulation gradients are whole until the step's last micro-batch.",
     )
     device: Literal["auto", "cpu", "cuda"] = field("auto", "Where it runs; auto takes a CUDA device where the worker has one.")
     overlap: bool = field(True, "Run shared experts while tokens travel between the ranks that hold the routed ones; the numbers are the same.")

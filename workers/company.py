@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping
 from moelab.shipper import Shipper
 from workers.claim import Claim
 from workers.meeting import Meeting
-from workers.verdict import PEER_LOST, Verdict
+from workers.verdict import Verdict
 
 OTHERS_S = 40.0
 """How long node 0, whose ranks have lost another host's, waits to hear why: longer than a lease and a round of the reconciler."""
+PEER_LOST = "peer_lost"
 _LOOK_S = 0.1
 
 
@@ -48,6 +49,6 @@ class Company:
         if self._claim.nodes == 1 or self._claim.node or verdict.outcome != "failed":
             return verdict
         deadline = time.monotonic() + OTHERS_S
-        while verdict.exit_code == PEER_LOST and self._lost is None and wanted() and time.monotonic() < deadline:
+        while verdict.reason == PEER_LOST and self._lost is None and wanted() and time.monotonic() < deadline:
             await asyncio.sleep(_LOOK_S)
-        return self._lost if self._lost is not None and (self._lost_first or verdict.exit_code == PEER_LOST) else verdict
+        return self._lost if self._lost is not None and (self._lost_first or verdict.reason == PEER_LOST) else verdict

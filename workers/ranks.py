@@ -32,6 +32,7 @@ class Ranks:
         """`first_rank` is the first one's number, where hosts before this one have ranks of the run too."""
         self._log, self._first_rank = log, first_rank
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._killed: set[int] = set()
         self.exits: list[Exit] = []
 
     def start(self, run_dir: Path, attempt: int, devices: Sequence[str], threads: int, lock_fd: int, meeting: Meeting | None = None) -> None:
@@ -82,7 +83,8 @@ class Ranks:
         """Notes which ranks have ended. Of ends seen at once, signals come first: the others fail because of them."""
         known = {end.rank for end in self.exits}
         codes = ((rank, process.poll()) for rank, process in enumerate(self._processes, self._first_rank) if rank not in known)
-        self.exits += sorted((Exit(rank, code) for rank, code in codes if code is not None), key=lambda end: end.code >= 0)
+        ends = (Exit(rank, code, code == -signal.SIGKILL and rank in self._killed) for rank, code in codes if code is not None)
+        self.exits += sorted(ends, key=lambda end: end.code >= 0)
 
     def signal(self, number: signal.Signals) -> None:
         """Sends a signal to every rank that lives."""
@@ -92,6 +94,8 @@ class Ranks:
 
     def kill(self, timeout_s: float = 5.0) -> bool:
         """Kills the ranks and all that descends from them or from us; True once nothing is left."""
+        self.poll()
+        self._killed |= {*range(self._first_rank, self._first_rank + len(self._processes))} - {end.rank for end in self.exits}
         deadline = time.monotonic() + timeout_s
         while left := _descendants():
             for descendant in left:

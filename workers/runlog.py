@@ -8,6 +8,8 @@ import os
 import re
 from pathlib import Path
 
+from workers.verdict import says_peer_gone
+
 LIMIT_BYTES = 64 * 1024 * 1024
 _TAIL_CHARS = 8_000
 # Control characters but tab and newline, and those that reorder text: they can rewrite what a terminal or page shows.
@@ -28,6 +30,8 @@ class RunLog:
         self._full = False
         self.size = os.fstat(self._fd).st_size
         self.tail = ""
+        self.last_words: dict[int, str] = {}
+        """By rank, the first line by which it said that another rank is gone."""
 
     def feed(self, rank: int, data: bytes, *, last: bool = False) -> None:
         """What one rank printed; with several ranks each line is told whose it is, and is written once it is whole."""
@@ -38,6 +42,8 @@ class RunLog:
             if rest and (last or len(rest) > 10_000):
                 lines, rest = [*lines, rest], ""
             self._open_line[rank] = rest
+            if rank not in self.last_words and (words := next(filter(says_peer_gone, lines), None)) is not None:
+                self.last_words[rank] = safe(words)
             text = "".join(f"[{rank}] {line}\n" for line in lines)
         self._write(safe(text))
 

@@ -208,6 +208,7 @@ class Supervisor:
             oom_killed=self._memory_killed or oom_kills() > self._memory_kills,
             result=_result(self._dir / "result.json"),
             last_line=self._log.last_line,
+            last_words=self._log.last_words,
         )
 
     async def _tell(self, verdict: Verdict, shipping: asyncio.Task[None]) -> None:

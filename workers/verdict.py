@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -11,13 +12,25 @@ Outcome = Literal["succeeded", "failed", "cancelled", "paused"]
 STOPPED, PEER_LOST = 75, 77
 _REASON_OF_CODE = {64: "config_invalid", 70: "error", 71: "oom", 74: "disk_full", 76: "nan_loss", 77: "peer_lost"}
 _STOPPING = frozenset({0, STOPPED, -signal.SIGTERM, -signal.SIGKILL})
+# The last words of torch's NCCL watchdog where another rank is gone or does not come: what it throws then ends the process by SIGABRT
+# (TORCH_NCCL_ASYNC_ERROR_HANDLING, 3 unless somebody says otherwise). With an error of this rank's own device it says "CUDA error".
+_PEER_GONE = re.compile(
+    "watchdog thread terminated with exception: .*(remote process exited|unhandled system error|collective operation timeout)"
+    "|dump signal due to a collective timeout from +rank "
+)
+
+
+def says_peer_gone(line: str) -> bool:
+    """Whether a rank that prints this and aborts does so because it has lost another one."""
+    return _PEER_GONE.search(line) is not None
 
 
 class Exit(NamedTuple):
-    """The end of one rank; `code` is negative for a signal."""
+    """The end of one rank; `code` is negative for a signal. `by_us`: it was still alive when its supervisor killed it."""
 
     rank: int
     code: int
+    by_us: bool = False
 
 
 class Verdict(NamedTuple):
@@ -38,15 +51,20 @@ def judge(
     oom_killed: bool = False,
     result: Mapping[str, Any] | None = None,
     last_line: str = "",
+    last_words: Mapping[int, str] | None = None,
 ) -> Verdict:
     """The verdict on ranks that ended in the order of `exits`.
 
     Ranks that stop when nobody asked the run to (their host goes down) leave it `paused` for reason `worker_stopped`: the server,
     which wants it to run, queues it again. `hang` says what stood still, `oom_killed` that the kernel killed somebody for memory;
-    `result` is the trainer's own result.json, `last_line` the log's last line.
+    `result` is the trainer's own result.json, `last_line` the log's last line; `last_words` are those by which ranks said that a peer is gone.
     """
-    # A rank that fails because another is gone says little: whoever went for a reason of its own comes before it.
-    failures = sorted((end for end in exits if end.code not in (0, STOPPED)), key=lambda end: end.code == PEER_LOST)
+    aborted = {end.rank: words for end in exits if end.code == -signal.SIGABRT and (words := (last_words or {}).get(end.rank))}
+    # Whoever went for a reason of its own comes before those that fail because another is gone, and these before those that we killed.
+    failures = sorted(
+        (end for end in exits if end.code not in (0, STOPPED)),
+        key=lambda end: (end.by_us and not oom_killed, end.code == PEER_LOST or end.rank in aborted),
+    )
     first = next(iter(failures or exits), Exit(0, 70))
     code, number = (first.code, None) if first.code >= 0 else (None, -first.code)
     codes = {end.code for end in exits}
@@ -64,6 +82,8 @@ def judge(
     if number is not None:
         if number == signal.SIGKILL and oom_killed:
             return Verdict("failed", "oom", f"rank {first.rank} was killed by the kernel: the host ran out of memory", None, number)
+        if first.rank in aborted:
+            return Verdict("failed", "peer_lost", f"rank {first.rank} has lost another rank: {aborted[first.rank]}", None, number)
         return Verdict("failed", "rank_killed", f"rank {first.rank} was ended by {_name(number)}", None, number)
     reason = _REASON_OF_CODE.get(first.code, "error")
     if first.rank != 0 and (result or {}).get("reason") != reason:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import torch
 
+from kernels import launcher
 from moe.train.stop import SpecRefused
 
 
 def check_compiler(device: torch.device) -> None:
     """Raises SpecRefused where what the compiler writes for `device` could not be built."""
     if device.type == "cuda":
-        if find_spec("triton") is None:
-            raise SpecRefused("training.compile", "needs Triton, which is not installed beside this worker's torch")
+        if lacks := launcher.lacking():
+            raise SpecRefused("training.compile", f"needs kernels that Triton launches, but on this worker {lacks}")
         return
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler

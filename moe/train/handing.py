@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,22 @@ from torch import Tensor
 from moe.train import checkpoint
 from moe.train.corpus import Domain
 from moe.train.ranks import Ranks
-from moe.train.stop import SpecRefused
+from moe.train.stop import DiskFull, SpecRefused
 
 _CORPUS_SAMPLE = 1_000_000  # Tokens of each stream that tell one corpus from another.
+RESERVE = 3  # A run does not start where its disk would not hold so many of its checkpoints, those that it has already among them.
+
+
+def check_room(ranks: Ranks, directory: Path, checkpoint_bytes: int, keep: int) -> None:
+    """Raises DiskFull, on every rank, where RESERVE checkpoints of that size would not fit on the disk of rank 0, which writes them.
+
+    Fewer do where fewer are kept: `keep`, and the one that is being written. Those that are there make room by going.
+    """
+    there = min(keep, len(checkpoint.steps(directory / "checkpoints")))
+    wanted = ranks.from_first(max(1, min(RESERVE, keep + 1) - there))
+    free = ranks.from_first(shutil.disk_usage(directory).free)
+    if free < wanted * checkpoint_bytes:
+        raise DiskFull(f"{directory} has {free / 1e9:.2f} GB free; a checkpoint takes {checkpoint_bytes / 1e9:.2f} GB, and {wanted} must fit")
 
 
 def load_checkpoint(ranks: Ranks, directory: Path, step: int) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:

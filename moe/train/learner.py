@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,6 +65,7 @@ class Learner:
     def __init__(self, spec: ExperimentSpec, batches: Batches, ranks: Ranks) -> None:
         """Fresh weights from the spec's seed, the same on every rank."""
         self.spec, self.batches, self.ranks = spec, batches, ranks
+        self.dtype = torch.bfloat16 if spec.training.precision == "bfloat16" else torch.float32  # of the products
         if batches.vocabulary.size > spec.model.vocab_size:
             where = {"file": "data.tokenizer_path"}.get(spec.data.tokenizer, "data.tokenizer")
             raise SpecRefused("model.vocab_size", f"{spec.model.vocab_size} is less than the {batches.vocabulary.size} tokens of {where}")
@@ -76,12 +77,10 @@ class Learner:
         self.model.train()
         freeze(self.model, spec.training.train)
         if ranks.shard:
-            sharded.shard(self.model, ranks.size, ranks.device)
+            sharded.shard(self.model, ranks.size, ranks.device, self.dtype)
         if spec.training.compile:
             check_compiler(ranks.device)
             self.model.compile_blocks()
-        self.parameters = list(self.model.parameters())
-        self.trained = [parameter for parameter in self.parameters if parameter.requires_grad]
         self.optimizer = AdamW(self.model, spec.optimizer, ranks.mesh)
         self.reading = reading.of_device(ranks.device)
         self._loader = Loader(batches, spec.training.grad_accumulation, ranks, ahead=ranks.device.type == "cuda")
@@ -92,16 +91,9 @@ class Learner:
         """Whether a step's figures are better read when the next one has been handed to the device."""
         return self.reading.late
 
-    @property
-    def checkpoint_bytes(self) -> int:
-        """Size of a checkpoint: weights, and AdamW's two moments of those that are trained."""
-        return sum(parameter.numel() * parameter.element_size() for parameter in [*self.parameters, *self.trained, *self.trained])
-
     def autocast(self) -> AbstractContextManager[object]:
         """bfloat16 matrix products, where the spec asks for them."""
-        if self.spec.training.precision == "bfloat16":
-            return torch.autocast(self.ranks.device.type, torch.bfloat16)
-        return nullcontext()
+        return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.ranks.device.type, self.dtype)
 
     def train_step(self, step: int, wishes: Callable[[], tuple[bool, bool]]) -> Lesson:
         """Makes optimiser step `step`, and waits for what it tells."""
@@ -133,7 +125,8 @@ class Learner:
         """The step itself; this rank's mean losses, the gradient norm, the routing statistics and the extra predictions' loss, on the device."""
         sampled = self.spec.telemetry.sampled(step) and not self.model.is_compiled  # a clock would break the graphs
         self._clock = PhaseClock(telemetry.PHASES, self.ranks.device, Laps(self.ranks.device) if sampled else None)
-        lm_loss, balance_loss, stats, mtp_loss = self._forward_backward(step)
+        with ExitStack() as step_long:
+            lm_loss, balance_loss, stats, mtp_loss = self._forward_backward(step, step_long)
         if self._clock.laps is not None:
             self._clock.laps.mark("other")  # gradients are joined for their reduction
         sharded.average_gradients(self.optimizer.parameters, self.ranks.size, self.ranks.mesh, self._clock.laps)
@@ -144,8 +137,11 @@ class Learner:
         self._clock.mark("optimizer")
         return lm_loss, balance_loss, grad_norm, stats, mtp_loss
 
-    def _forward_backward(self, step: int) -> tuple[Tensor, Tensor, RoutingStats | None, Tensor | None]:
-        """Leaves the gradients of the step's mean loss; returns mean losses and statistics of its micro-batches, detached."""
+    def _forward_backward(self, step: int, step_long: ExitStack) -> tuple[Tensor, Tensor, RoutingStats | None, Tensor | None]:
+        """Leaves the gradients of the step's mean loss; returns mean losses and statistics of its micro-batches, detached.
+
+        What all of them share goes when `step_long` is left.
+        """
         micros = self.spec.training.grad_accumulation
         torch.manual_seed(_noise_seed(self.spec.seed, step, self.ranks.rank))
         self.model.begin_step()
@@ -154,6 +150,8 @@ class Learner:
             if self.ranks.shard:
                 sharded.reduce_in_backward(self.model, wanted=micro == micros - 1)
             self._clock.mark("data")
+            if micro == 0:
+                step_long.enter_context(self.model.experts_cast(self.dtype, self._clock.laps))
             with self.autocast():
                 output = self.model(tokens_BS, targets_BS, self.batches.documents(tokens_BS), laps=self._clock.laps)
             self._clock.mark("forward")

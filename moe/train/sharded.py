@@ -2,6 +2,7 @@
 
 Experts lie on the ranks that share them (moe.parallel). With `parallel.shard` every other weight is cut along its first dimension over all
 ranks, as a DTensor, with its gradient and moments, and is whole on a rank only while its block runs (FSDP2: Zhao 2023, torch's fully_shard).
+In bfloat16 a block's matrices are gathered as such, which are all that its products take; what it uses in float32 is not cut.
 A checkpoint holds everything, whatever the ranks: what was saved by 2 x 1 ranks goes on with 1, 4 or 2 x 2, sharded or not.
 """
 
@@ -26,21 +27,31 @@ def is_sharded(name: str) -> bool:
     return _EXPERTS in name
 
 
-def shard(model: Transformer, size: int, device: torch.device) -> None:
+def shard(model: Transformer, size: int, device: torch.device, dtype: torch.dtype) -> None:
     """Cuts all weights but the experts' over the `size` ranks, in place, block by block; the rest of the model is a part of its own.
 
-    Collective. What is trained must have been chosen before.
+    `dtype` is that of the products. In bfloat16 routers and vectors stay whole beside the blocks' matrices: autocast would keep a copy of
+    gathered float32 matrices until the backward pass. Gradients are added up and reduced in float32 either way. Collective. What is trained
+    must have been chosen before.
     """
     from torch.distributed.device_mesh import init_device_mesh  # only where it is asked for: it takes long to import
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     # It warns of outputs that are views, which nobody may change in place: nobody does.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     mesh = init_device_mesh(device.type, (size,))
+    rounded = dtype != torch.float32
+    exact = {id(parameter) for parameter in model.router_parameters()} if rounded else set()
     # A single number (the temperature of cosine scores) has nothing to cut: every rank has it, as without shards.
-    whole = {parameter for name, parameter in model.named_parameters() if is_sharded(name) or not parameter.dim()}
-    for module in [*model.blocks, *(ahead.block for ahead in model.mtp), model]:
-        fully_shard(module, mesh=mesh, ignored_params=whole)
+    whole = {
+        parameter
+        for name, parameter in model.named_parameters()
+        if is_sharded(name) or parameter.dim() < (2 if rounded else 1) or id(parameter) in exact
+    }
+    policy = MixedPrecisionPolicy(dtype if rounded else None, torch.float32, cast_forward_inputs=False)  # the residual stream is float32
+    for block in [*model.blocks, *(ahead.block for ahead in model.mtp)]:
+        fully_shard(block, mesh=mesh, ignored_params=whole, mp_policy=policy)
+    fully_shard(model, mesh=mesh, ignored_params=whole)
 
 
 def reduce_in_backward(model: Transformer, *, wanted: bool) -> None:

@@ -15,7 +15,8 @@ from pathlib import Path
 from types import FrameType
 
 FINISHED, SPEC_REFUSED, ERROR, OUT_OF_MEMORY, DISK_FULL, STOPPED, NAN_LOSS, PEER_LOST = 0, 64, 70, 71, 74, 75, 76, 77
-# What gloo and NCCL say, as plain RuntimeErrors or classes of their own, when another rank is gone.
+# What gloo and NCCL say, as plain RuntimeErrors or classes of their own, when another rank is gone. Where torch's NCCL watchdog notices it first,
+# it ends the process by SIGABRT; whoever started it reads the same from its last words (workers/verdict.py).
 _PEER_GONE = ("gloo/transport", "ncclRemoteError", "ncclSystemError", "NCCL communicator was aborted")
 _PEER_GONE_CLASSES = ("DistNetworkError", "DistStoreError")
 

@@ -14,12 +14,14 @@ FLOPs        forward: 2 for each weight of a matrix that a token is multiplied b
              utilisation (`mfu`) are reckoned with.
              Encoder-decoder: per pair of one source and one target token, both sequences of seq_len tokens.
 Bytes        on one device: weights and gradients float32, AdamW's two moments float32; experts are divided over
-             parallel.expert ranks, the rest is replicated, or with parallel.shard divided over all ranks (but for the layer that runs
-             and the embeddings, which are whole meanwhile and not counted); what training.train leaves out has neither gradient nor moments.
+             parallel.expert ranks, the rest is replicated, or with parallel.shard divided over all ranks (but for routers in bfloat16;
+             its gradients not before the last of several micro-batches); what training.train leaves out has neither gradient nor moments.
+             `copies`: of weights, in bfloat16 for its products, and with parallel.shard what is whole meanwhile, see `copies.copy_bytes`.
              `activations` is an estimate, see `memory.activation_bytes`. `checkpoint` is the whole file set: weights and moments.
 All-to-all   each of the top_k copies of a token crosses with probability (ranks - 1) / ranks, out and back, in the
              forward and in the backward pass (and once more where activations are recomputed), at the width of the residual
              stream in the arithmetic's precision.
+Sharding     what parallel.shard sends from a device in a step, see `copies.sharding_bytes`.
 """
 
 from spec.accounting.count import PARTS

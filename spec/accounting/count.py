@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from spec.accounting.attention import attention_counts, attention_router
 from spec.accounting.quantity import Count, matrix, vector
 from spec.model import Model
@@ -17,6 +19,11 @@ def n_moe_layers(model: Model) -> int:
     return len(model.moe_layers()) + len(model.moe_layers(model.encoder_layers))
 
 
+def n_attentions(model: Model) -> int:
+    """Attention blocks of both stacks, cross-attention among them, without those of multi-token prediction."""
+    return model.n_layers + model.encoder_layers + (model.n_layers if model.encoder_layers else 0)
+
+
 def n_mtp_moe_layers(model: Model) -> int:
     """MoE layers of the blocks of multi-token prediction, which are of the last layer's kind."""
     return model.mtp_depth if model.n_layers - 1 in model.moe_layers() else 0
@@ -26,7 +33,7 @@ def count(model: Model) -> dict[str, Count]:
     """The parameters of each of PARTS. A token uses those of mtp in training alone: none are active."""
     d, stacks = model.d_model, 2 if model.encoder_layers else 1
     layers, sparse = model.n_layers + model.encoder_layers, n_moe_layers(model)
-    attentions = layers + (model.n_layers if model.encoder_layers else 0)
+    attentions = n_attentions(model)
     attention, inner_norms = attention_counts(model, attentions)
     if model.position == "t5_relative":
         positions = vector(stacks * T5_BUCKETS * model.attention.n_heads)
@@ -63,16 +70,37 @@ def mtp_parts(model: Model) -> dict[str, Count]:
     return {name: part * model.mtp_depth for name, part in one.items()}
 
 
-def trained(model: Model, train: str) -> tuple[int, int]:
-    """Parameters that `training.train` has trained, those of multi-token prediction among them, and how many of these are experts'."""
+class Trained(NamedTuple):
+    """Parameters that are trained, those of multi-token prediction among them; how many of these are experts' and routers'."""
+
+    total: int
+    experts: int
+    routers: int
+
+
+def trained(model: Model, train: str) -> Trained:
+    """What `training.train` has trained."""
     parts, ahead = count(model), mtp_parts(model)
     moe = {name: parts[name].total + ahead.get(name, Count()).total for name in ("routers", "experts", "shared_experts")}
     whole = sum(part.total for part in parts.values())
+    in_attention = attention_router(model) * (n_attentions(model) + model.mtp_depth)
     if train == "only_router":
-        return moe["routers"] + attention_router(model) * (model.n_layers + model.mtp_depth), 0
+        return Trained(moe["routers"] + in_attention, 0, moe["routers"] + in_attention)
     if train == "only_moe":
-        return sum(moe.values()), moe["experts"]
-    return (whole, moe["experts"]) if train == "all" else (whole - sum(moe.values()), 0)
+        return Trained(sum(moe.values()), moe["experts"], moe["routers"])
+    if train == "all_but_moe":
+        return Trained(whole - sum(moe.values()), 0, in_attention)
+    return Trained(whole, moe["experts"], moe["routers"] + in_attention)
+
+
+def layer_parts(model: Model) -> dict[str, Count]:
+    """The feed-forward parts of one layer: of a dense one, and of a MoE layer."""
+    return {"dense_ffn": _ffn(model.d_model, model.d_ff, model.activation) if has_dense(model) else Count(), **_moe(model)}
+
+
+def has_dense(model: Model) -> bool:
+    """Whether some layer has a dense feed-forward."""
+    return n_moe_layers(model) < model.n_layers + model.encoder_layers
 
 
 def _norm(model: Model) -> Count:

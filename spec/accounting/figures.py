@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from spec.accounting.attention import attention_flops, mtp_attention_flops
-from spec.accounting.count import count, mtp_parts, trained
+from spec.accounting.copies import copy_bytes, is_cut, sharding_bytes
+from spec.accounting.count import Trained, count, mtp_parts, trained
 from spec.accounting.memory import activation_bytes, all_to_all_bytes, kv_cache_bytes, kv_cache_bytes_per_sequence
 from spec.accounting.quantity import Count
 from spec.experiment import ExperimentSpec
@@ -31,11 +32,12 @@ class Flops:
 
 @dataclass(frozen=True)
 class Bytes:
-    """Memory on one device, and the size of a checkpoint."""
+    """Memory on one device, and the size of a checkpoint. `copies`: of weights, beside the float32 ones, while a step runs."""
 
     weights: int
     gradients: int
     optimizer: int
+    copies: int
     activations: int
     total_per_device: int
     checkpoint: int
@@ -56,6 +58,7 @@ class Price:
     bytes: Bytes
     tokens_per_step: int
     all_to_all_bytes_per_token: int
+    sharding_bytes_per_step: int
     kv_cache_bytes_per_token: int
     kv_cache_bytes_per_sequence: int
     by_part: dict[str, int]
@@ -85,6 +88,7 @@ def price(spec: ExperimentSpec) -> Price:
         bytes=_bytes(spec, total + mtp.total, experts.total),
         tokens_per_step=spec.training.batch_size * spec.data.seq_len,
         all_to_all_bytes_per_token=all_to_all_bytes(spec),
+        sharding_bytes_per_step=sharding_bytes(spec),
         kv_cache_bytes_per_token=kv_cache_bytes(spec),
         kv_cache_bytes_per_sequence=kv_cache_bytes_per_sequence(spec),
         by_part={name: part.total for name, part in parts.items()},
@@ -93,13 +97,17 @@ def price(spec: ExperimentSpec) -> Price:
 
 
 def _bytes(spec: ExperimentSpec, total: int, experts: int) -> Bytes:
-    taught, taught_experts = trained(spec.model, spec.training.train)
-    held, learning = _here(spec, total, experts), _here(spec, taught, taught_experts)
-    weights, gradients, moments, activations = 4 * held, 4 * learning, 8 * learning, activation_bytes(spec)
-    return Bytes(weights, gradients, moments, activations, weights + gradients + moments + activations, 4 * total + 8 * taught)
+    taught, whole = trained(spec.model, spec.training.train), trained(spec.model, "all")
+    held, learning = _here(spec, Trained(total, experts, whole.routers)), _here(spec, taught)
+    weights, moments, copies, activations = 4 * held, 8 * learning, copy_bytes(spec), activation_bytes(spec)
+    accumulated = is_cut(spec) and spec.training.grad_accumulation > 1  # whole on every rank until the last micro-batch reduces them
+    gradients = 4 * (taught.total - taught.experts + -(-taught.experts // spec.parallel.expert) if accumulated else learning)
+    held_at_once = weights + gradients + moments + copies + activations
+    return Bytes(weights, gradients, moments, copies, activations, held_at_once, 4 * total + 8 * taught.total)
 
 
-def _here(spec: ExperimentSpec, total: int, experts: int) -> int:
-    """Of `total` parameters, `experts` of them divided over the ranks, those on one device; the others divided too where they are sharded."""
-    parallel = spec.parallel
-    return -(-(total - experts) // (parallel.world_size if parallel.shard else 1)) + -(-experts // parallel.expert)
+def _here(spec: ExperimentSpec, held: Trained) -> int:
+    """Of the parameters `held`, those on one device: experts are divided over their ranks; the others too where they are cut (see copies)."""
+    whole = held.routers if spec.training.precision == "bfloat16" and is_cut(spec) else 0
+    rest = held.total - held.experts - whole
+    return whole + -(-rest // (spec.parallel.world_size if spec.parallel.shard else 1)) + -(-held.experts // spec.parallel.expert)

@@ -20,10 +20,12 @@ def table(cost: Price) -> str:
         ("weights", bytes_text(size.weights)),
         ("gradients", bytes_text(size.gradients)),
         ("optimiser", bytes_text(size.optimizer)),
+        ("copies of weights (estimate)", bytes_text(size.copies)),
         ("activations (estimate)", bytes_text(size.activations)),
         ("together, on one device", bytes_text(size.total_per_device)),
         ("checkpoint", bytes_text(size.checkpoint)),
         ("all-to-all per token", bytes_text(cost.all_to_all_bytes_per_token)),
+        *([("sharding per step", bytes_text(cost.sharding_bytes_per_step))] if cost.sharding_bytes_per_step else []),
         ("KV cache per token", bytes_text(cost.kv_cache_bytes_per_token)),
         ("KV cache of a sequence", bytes_text(cost.kv_cache_bytes_per_sequence)),
     ]

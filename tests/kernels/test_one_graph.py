@@ -77,6 +77,7 @@ def test_the_models_layer_with_its_losses_and_statistics(preset, training, monke
     equal(*results)
 
 
-def test_the_choice_of_an_implementation_is_traced():
+def test_the_choice_of_an_implementation_is_traced(monkeypatch):
+    monkeypatch.setattr(dispatch, "HAS_TRITON", True)
     run = compiled(lambda x: x + (1 if dispatch._route("cuda", torch.float32, 8, 2) == "triton" else 0))
     assert torch.equal(run(torch.zeros(2)), torch.ones(2))

@@ -85,7 +85,7 @@ def test_expert_choice_takes_memory_for_what_experts_take(on_triton):
     """Off the CPU every expert is a slot of every token, of which all but E * C are empty."""
     layer, calls = layer_of(router={"kind": "expert_choice"}), on_triton()
     results(layer, torch.randn(1, 21, D, requires_grad=True))
-    *_, expert_TK, _gate, _activation, _bias, most_rows = calls[0]
+    *_, expert_TK, _gate, _activation, _bias, most_rows, _casts = calls[0]
     assert expert_TK.shape == (21, E) and most_rows == E * 11  # 11 = ceil(2 * 21 / 4)
     assert int((expert_TK < E).sum()) == most_rows
 
@@ -102,8 +102,9 @@ def test_half_precision(on_triton):
 
 
 @pytest.mark.slow
-def test_it_compiles_without_a_graph_break(on_triton):
+def test_it_compiles_without_a_graph_break(on_triton, monkeypatch):
     """As `moe.experts` calls it, what chooses the implementation included, forward and backward."""
+    monkeypatch.setattr(dispatch, "HAS_TRITON", True)
     torch.manual_seed(0)
     layer, x = layer_of(bias="expert", activation="swiglu_clamped"), torch.randn(21, D, requires_grad=True)
     expert_TK, gate_TK = torch.rand(21, E).argsort(-1)[:, :2], torch.rand(21, 2, requires_grad=True)

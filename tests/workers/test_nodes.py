@@ -96,6 +96,18 @@ def test_a_killed_rank_of_the_other_node_is_told_with_its_global_number(worker_h
     assert (left["outcome"], left["reason"], left["detail"]) == ("failed", "rank_killed", "rank 3 was ended by SIGKILL")
 
 
+def test_a_node_whose_rank_torch_aborted_for_a_lost_peer_says_so(worker_host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = "Rank 3: watchdog thread terminated with exception: NCCL error: remote process exited or there was a network error"
+    monkeypatch.setenv("FAKE_LAST_WORDS", words)
+    worker_host.server.hosts = {"rendezvous": "127.0.0.1:1", "lost": None}
+    begin(worker_host, 1, steps=5000)
+    ranks(worker_host)
+    (worker_host.attempt_dir() / "result.json").write_text('{"reason": "peer_lost"}')
+    worker_host.wait_until_quiet()
+    (left,) = worker_host.server.told
+    assert (left["outcome"], left["reason"]) == ("failed", "peer_lost")
+
+
 def test_node_0_ends_the_attempt_for_the_reason_of_a_lost_host(worker_host: Host) -> None:
     begin(worker_host, 0, steps=5000)
     worker_host.wait(worker_host.server.steps)

@@ -87,6 +87,34 @@ def test_a_killed_rank_takes_the_others_with_it(worker_host: Host) -> None:
     worker_host.wait_until_quiet()
 
 
+LAST_WORDS = (
+    "[PG ID 0 Rank 1] Process group watchdog thread terminated with exception: NCCL error: remote process exited or there was a network error"
+)
+
+
+@pytest.mark.parametrize(("exit_at", "reason", "signal_"), [("3:71", "oom", None), ("3:75", "peer_lost", signal.SIGABRT)])
+def test_a_rank_that_torch_aborts_has_lost_a_peer(
+    worker_host: Host, monkeypatch: pytest.MonkeyPatch, exit_at: str, reason: str, signal_: int | None
+) -> None:
+    """Its process ends by SIGABRT, in the same moment as the rank whose end is the reason, if that has one."""
+    monkeypatch.setenv("FAKE_EXIT_AT", exit_at)
+    monkeypatch.setenv("FAKE_LAST_WORDS", LAST_WORDS)
+    worker_host.launch(steps=100, ranks=2)
+    ended = worker_host.wait(worker_host.server.ended)
+    assert (ended.outcome, ended.reason, ended.signal) == ("failed", reason, signal_)
+    assert LAST_WORDS in ended.log_tail
+    assert (ended.detail == f"rank 1 has lost another rank: {LAST_WORDS}") == (reason == "peer_lost")
+    worker_host.wait_until_quiet()
+
+
+def test_a_rank_that_aborts_for_another_reason_was_killed(worker_host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_EXIT_AT", "3:75")
+    monkeypatch.setenv("FAKE_LAST_WORDS", "double free or corruption (!prev)")
+    worker_host.launch(steps=100, ranks=2)
+    ended = worker_host.wait(worker_host.server.ended)
+    assert (ended.reason, ended.detail) == ("rank_killed", "rank 1 was ended by SIGABRT")
+
+
 def test_a_killed_supervisor_leaves_nobody_behind_and_the_next_attempt_completes_the_series(worker_host: Host) -> None:
     server = worker_host.server
     holder = worker_host.launch(steps=40)

@@ -14,7 +14,7 @@ from moe.model import build_model
 from spec.accounting import price
 from spec.accounting.attention import attention_flops, mtp_attention_flops
 from spec.experiment import ExperimentSpec
-from spec.peak import peak_flop_per_s
+from spec.peak import PEAKS, peak_flop_per_s
 from tests.moe.train.tiny import tiny
 
 B, S = 2, 12
@@ -69,6 +69,8 @@ def test_the_peak_is_that_of_the_device_and_the_precision() -> None:
     assert peak_flop_per_s("NVIDIA A100-SXM4-80GB", "tf32") == 156e12
     assert peak_flop_per_s("NVIDIA A10", "float32") == 31.2e12
     assert peak_flop_per_s("NVIDIA GeForce RTX 4090", "bfloat16") == 165.2e12
+    assert peak_flop_per_s("NVIDIA H100 80GB HBM3", "float32") == pytest.approx(494e12 / 3), "three tf32 products for one"
+    assert peak_flop_per_s("NVIDIA L40S", "float32") == 91.6e12, "the plain cores"
     for other in (
         "cpu",
         "NVIDIA A100-SXM4-80GB MIG 1g.10gb",
@@ -77,3 +79,13 @@ def test_the_peak_is_that_of_the_device_and_the_precision() -> None:
         "NVIDIA GeForce RTX 3090 Ti",
     ):
         assert peak_flop_per_s(other, "bfloat16") is None
+
+
+@pytest.mark.parametrize("name", PEAKS)
+def test_no_way_to_multiply_in_float32_is_faster_than_its_peak(name: tuple[str, ...]) -> None:
+    """A run's seconds are those of its plain products and of its tf32x3 ones; whatever their shares, it stays below the peak."""
+    peak = PEAKS[name]
+    for share in (0.0, 0.3, 1.0):
+        seconds = share / (peak.tf32 / 3) + (1 - share) / peak.plain
+        assert 1 / seconds <= peak.float32 * (1 + 1e-12)
+    assert peak.plain <= peak.float32 <= peak.tf32 <= peak.bfloat16

@@ -11,6 +11,7 @@ import pytest
 
 from moe.train import checkpoint, stop
 from spec import events
+from spec.accounting import price
 from spec.events import PARTS, PASSES
 from spec.experiment import ExperimentSpec
 from tests.moe.train.test_process import finish, start, steps
@@ -78,6 +79,17 @@ def test_traffic_is_what_the_routing_makes_it(runs: dict[tuple[int, int], Path],
             assert traffic_LRR[:, :, shard::expert].sum((1, 2)).tolist() == held.sum(1).tolist()
         if data > 1:
             assert not traffic_LRR[:, :expert, expert:].any() and not traffic_LRR[:, expert:, :expert].any()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_run_tells_of_the_whole_model_whatever_its_first_rank_holds(runs: dict[tuple[int, int], Path], layout: tuple[int, int]) -> None:
+    told = read_events(runs[layout])
+    (started,) = (event for event in told if isinstance(event, events.RunStarted))
+    *_, saved = (event for event in told if isinstance(event, events.CheckpointSaved))
+    weights, state = checkpoint.load(runs[layout] / "checkpoints", saved.step)
+    assert started.total_params == sum(tensor.numel() for name, tensor in weights["model"].items() if not name.endswith("bias_E"))
+    assert state["spec"]["parallel"]["expert"] == layout[1]
+    assert 0 <= saved.size_bytes - price(spec(*layout, WHOLE)).bytes.checkpoint < 20_000, "what is guarded against is what is written"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -126,7 +126,7 @@ def test_a_late_nan_is_told_of_its_own_step_and_never_saved(run: Start, poisoned
     def poison(step: int) -> None:
         if step == poisoned:
             with torch.no_grad():
-                done.learner.parameters[0].fill_(math.nan)
+                next(done.learner.model.parameters()).fill_(math.nan)
 
     with pytest.raises(NotFinite, match=f"^step {poisoned}: the loss is nan; the last checkpoint is of step 4$"):
         done.go(poison)

@@ -18,7 +18,7 @@ from moe.train import checkpoint, telemetry
 from moe.train.stop import DISK_FULL, ERROR, OUT_OF_MEMORY, PEER_LOST, DiskFull, NotFinite, SpecRefused, Stopped, classify
 from spec import events
 from spec.accounting import price
-from tests.moe.train.tiny import HOME, Run, read_events
+from tests.moe.train.tiny import HOME, Run, read_events, tiny
 
 Start = Callable[..., Run]
 GOLDEN = [5.52718, 5.39937, 5.16762, 4.87177, 4.49795, 4.18252, 4.02178, 4.0119, 3.85999]
@@ -54,7 +54,7 @@ def test_a_run_reports_every_step_whole(run: Start) -> None:
     assert isinstance(names, events.MetricsDeclared)
     assert (start.steps, start.moe_layers, start.n_experts, start.top_k) == (12, [0, 1], 4, 2)
     assert (start.tokens_per_step, start.world_size, start.devices, start.resumed_from_step) == (128, 1, ["cpu"], None)
-    assert start.total_params == sum(parameter.numel() for parameter in done.learner.parameters)
+    assert start.total_params == sum(parameter.numel() for parameter in done.learner.model.parameters())
     assert start.balance_terms == ["switch_aux", "z_loss"]
     router = ["max_vio", "load_cv", "router_entropy", "dead_experts", "dropped_share", "max_logit"]
     speed = ["tokens_per_s", "step_ms", "tflop_per_s"]
@@ -166,7 +166,7 @@ def test_bfloat16_follows_float32(run: Start, tmp_path: Path) -> None:
     half.go()
     assert list(losses(half).values()) == pytest.approx(list(losses(exact).values()), rel=0.02)
     assert losses(half) != losses(exact)
-    assert all(parameter.dtype == torch.float32 for parameter in half.learner.parameters)
+    assert all(parameter.dtype == torch.float32 for parameter in half.learner.model.parameters())
 
 
 def test_tf32_is_float32_where_there_are_no_tensor_cores(run: Start, tmp_path: Path) -> None:
@@ -293,7 +293,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(run: Start) 
     def poison(step: int) -> None:
         if step == 7:
             with torch.no_grad():
-                done.learner.parameters[0].fill_(math.nan)
+                next(done.learner.model.parameters()).fill_(math.nan)
 
     with pytest.raises(NotFinite, match=r"^step 7: the loss is nan; the last checkpoint is of step 4$"):
         done.go(poison)
@@ -340,13 +340,24 @@ def test_no_step_waits_for_the_corpus_to_be_built_again(run: Start) -> None:
 
 
 def test_a_disk_too_small_for_the_checkpoints_is_said_before_the_first_step(run: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    size = run().learner.checkpoint_bytes
+    size = price(tiny()).bytes.checkpoint
     free = shutil.disk_usage("/")._replace(free=3 * size - 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
     with pytest.raises(DiskFull, match="must fit"):
         run(attempt=1)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free._replace(free=3 * size))
     run(attempt=1)
+
+
+def test_a_run_goes_on_where_the_checkpoints_that_it_has_take_the_room(run: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = price(tiny()).bytes.checkpoint
+    run(training={"steps": 8}).go()
+    free = shutil.disk_usage("/")._replace(free=size)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    assert run(attempt=1).go().step == 12, "two checkpoints are there, and the next one makes the oldest go"
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free._replace(free=size - 1))
+    with pytest.raises(DiskFull, match="and 1 must fit"):
+        run(attempt=2)
 
 
 def test_what_torch_and_the_system_raise_has_a_reason() -> None:
