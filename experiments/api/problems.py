@@ -40,10 +40,11 @@ _BY_STATUS = {status: slug for slug, (status, _) in TITLES.items()}
 
 
 class FieldError(BaseModel):
-    """One field at fault: `pointer` into the body (RFC 6901), or `parameter` of the query."""
+    """One field at fault: `pointer` into the body (RFC 6901), or `parameter` of the query, or `header`."""
 
     pointer: str = ""
     parameter: str | None = None
+    header: str | None = None
     detail: str
 
 
@@ -72,9 +73,14 @@ def invalid_body(error: ValidationError) -> Problem:
 
 
 def invalid_query(error: ValidationError) -> Problem:
-    """400 for a query that is not of its shape."""
-    found = [FieldError(parameter=str(item["loc"][0]) if item["loc"] else None, detail=_said(item)) for item in error.errors(include_url=False)]
-    return Problem("malformed", "The query's parameters are not valid", found)
+    """400 for a query that is not of its shape. A rule between parameters begins with the one at fault."""
+    said = [(item["loc"], _said(item)) for item in error.errors(include_url=False)]
+    return Problem("malformed", errors=[FieldError(parameter=str(loc[0]) if loc else detail.split()[0], detail=detail) for loc, detail in said])
+
+
+def wrong_parameter(name: str, detail: str) -> Problem:
+    """400 for one parameter of the query that does not fit what there is. `detail` names it."""
+    return Problem("malformed", detail, [FieldError(parameter=name, detail=detail)])
 
 
 def refused(problems: Iterable[FieldProblem]) -> Problem:

@@ -77,7 +77,8 @@ class Projects(Endpoint):
             with transaction.atomic():
                 row = Project.objects.create(name=name)
         except IntegrityError:
-            raise Problem("conflict", f"there is a project {name} already") from None
+            detail = f"name: there is a project {name} already"
+            raise Problem("conflict", detail, [FieldError(pointer="/name", detail=detail)]) from None
         shown = ProjectResource(id=row.pk, name=row.name, role=Role.ADMIN.value, created_at=row.created_at)
         return Response(shown.model_dump(mode="json"), status=201)
 

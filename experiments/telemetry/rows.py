@@ -206,6 +206,16 @@ def tensors(
     return _unpack(query(sql, parameters), layer)
 
 
+def shapes(run_id: int, kind: str, level: int, low: int, high: int) -> set[tuple[int, ...]]:
+    """The shapes of the run's tensors of `kind` whose key (step or bucket) is in low … high at `level`."""
+    sql = "SELECT DISTINCT shape FROM experiments_steptensor WHERE run_id = %s AND kind = %s AND step BETWEEN %s AND %s"
+    parameters = [run_id, TENSORS[kind].code, low, high]
+    if level > 1:
+        sql = "SELECT DISTINCT shape FROM experiments_tensorrollup WHERE run_id = %s AND kind = %s AND bucket BETWEEN %s AND %s AND level = %s"
+        parameters.append(level)
+    return {tuple(row[0]) for row in query(sql, parameters)}
+
+
 def _unpack(found: Sequence[tuple[Any, ...]], layer: int | None) -> Tensors:
     out, start = NO_TENSORS, 0
     while start < len(found):
