@@ -170,7 +170,8 @@ class MetricView(Endpoint):
     def _exact(self, facts: Facts, asked: MetricQuery, name: str) -> dict[str, Any]:
         to = facts.last if asked.to is None else min(asked.to, facts.last)
         if to - asked.from_ >= EXACT_STEPS:
-            raise wrong_parameter("to", f"to: exact gives at most {EXACT_STEPS} steps at once; from {asked.from_} that is to={asked.from_ + EXACT_STEPS - 1}")
+            most = asked.from_ + EXACT_STEPS - 1
+            raise wrong_parameter("to", f"to: exact gives at most {EXACT_STEPS} steps at once; from {asked.from_} that is to={most}")
         found = read.scalars(facts, 1, asked.from_, to)
         column = _numbers(found.mins[:, facts.names.index(name)])
         answer = {"name": name, "level": 1, "from": asked.from_, "to": to, "total": len(found), "sampled": False}

@@ -35,7 +35,7 @@ class Number(NamedTuple):
 
 def context(request: HttpRequest, run: Run) -> dict[str, Any]:
     """What the template shows: the placement that the query asks for, or, beside the number at fault, why there is none."""
-    typed = {name: value for name, value in request.GET.items() if value.strip()}
+    typed = {name: str(value) for name, value in request.GET.items() if value}
     errors: list[FieldError] = []
     shown: dict[str, Any] = {"run": run, "layer_names": list(enumerate(run.moe_layers))}
     made = None

@@ -98,7 +98,8 @@ def fits(facts: Facts, n_rows: int, kinds: Sequence[str], level: int, low: int, 
 
 def cells(facts: Facts, kinds: Sequence[str], level: int, low: int, high: int, layer: int | None = None) -> int:
     """Numbers that an answer's row has, of all `kinds` together: each is as large as its largest under the keys low … high."""
-    return sum(math.prod(max(sizes) for sizes in zip(*shapes, strict=True)) for kind in kinds if (shapes := _shapes(facts, kind, level, low, high, layer)))
+    shapes_of = (_shapes(facts, kind, level, low, high, layer) for kind in kinds)
+    return sum(math.prod(max(sizes) for sizes in zip(*shapes, strict=True)) for shapes in shapes_of if shapes)
 
 
 def _shapes(facts: Facts, kind: str, level: int, low: int, high: int, layer: int | None) -> set[tuple[int, ...]]:

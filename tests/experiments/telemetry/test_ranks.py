@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-
 import pytest
 
 from experiments.live import snapshot
 from experiments.models import Run
 from experiments.telemetry.read import Facts, RangeError, steps_arrays
-from spec.events import PARTS, StepDone
+from spec.events import PARTS, TENSORS, StepDone
 from tests.experiments.telemetry.conftest import L, declared, started, step
 from tests.experiments.telemetry.test_store import send
 
@@ -64,7 +63,7 @@ def test_an_older_run_that_goes_on_keeps_what_it_told(run: Run) -> None:
 
 
 def cells_of(arrays: dict[str, Any]) -> int:
-    return sum(array.size for name, array in arrays.items() if not name.endswith("_n") and name not in ("step", "n") and not name.startswith("scalars"))
+    return sum(array.size for name, array in arrays.items() if name in TENSORS)
 
 
 @pytest.mark.parametrize("kinds", [("rank_traffic",), ("part_ms", "rank_traffic", "expert_tokens")])
