@@ -28,10 +28,14 @@ def detail(request: HttpRequest, principal: Principal, run_id: int) -> HttpRespo
     shown = run_json(run)
     context = {
         "run": shown,
-        "page_data": {"run": shown, "log_size": run.log_size, "parts": {"names": PARTS, "every": sample_steps(run.spec)}},
+        "page_data": {
+            "run": shown,
+            "log_size": run.log_size,
+            "parts": {"names": PARTS, "every": sample_steps(run.spec)},
+            "expert_ranks": run.spec.get("parallel", {}).get("expert", 1),
+        },
         "router_notice": router_notice(run.spec),
         "traffic": expected_traffic(run.spec),
-        "expert_ranks": run.spec.get("parallel", {}).get("expert", 1),
         "dense": run.spec.get("model", {}).get("moe") is None,
         "may_edit": roles_include(principal, run.project_id, Role.EDITOR),
         "may_delete": roles_include(principal, run.project_id, Role.ADMIN),

@@ -86,9 +86,9 @@ export class History {
   async snapshot(): Promise<void> {
     const { store } = this;
     const { experts, moe_layers: layers } = store.run;
-    if (!layers.length || !store.step || store.snapshots.at(store.step)) return;
+    if (!store.step || store.snapshots.at(store.step)) return;
     const signal = this.fresh("snapshot");
-    const span = chunkSteps(layers.length, experts + store.run.device_names.length ** 2);
+    const span = chunkSteps(layers.length, experts, store.expertRanks);
     const from = Math.max(store.step - Math.ceil(span / 2), 1);
     const to = Math.max(Math.min(from + span, store.lastStep), store.step);
     const rows = await this.steps(from, to, "scalars=&tensors=expert_tokens,router_prob,dropped,expert_bias,balance_loss,router_entropy,phase_ms,rank_tokens,rank_traffic", signal);

@@ -15,6 +15,7 @@ export function initLoss(store: RunStore): void {
   smooth.value = readStored("loss-smooth") ?? "0";
   const chart = new LineChart(figure, store, {
     title: "Loss",
+    empty: () => store.failures.get(store.range ? "zoom" : "whole"),
     drawing: () => lossDrawing(store, Number(smooth.value)),
     log: () => log.checked,
     over: (plot) => drawMarks(plot, store, getComputedStyle(figure)),
