@@ -43,7 +43,8 @@ def test_the_last_sample_is_told_part_by_part(two: MadeUpRun, open_page: Opened)
     page.keyboard.press("Home")
     expect(figure.locator("figcaption .readout")).to_have_text("step 1")
     expect(figure.locator(".part-said")).to_have_text(["120 ms", "130 ms"])
-    expect(page.locator("#ranks-note")).to_have_text("Finer parts are timed every 10 steps (telemetry.phases_every), except where the model is compiled.")
+    said = "Finer parts are timed every 10 steps (telemetry.phases_every), except where the model is compiled."
+    expect(page.locator("#ranks-note")).to_have_text(said)
 
 
 def test_a_sample_that_cannot_be_fetched_fails_alone(two: MadeUpRun, open_page: Opened) -> None:
