@@ -1,7 +1,7 @@
 /** The page of a new run: form and YAML say the same, the accountant prices it, errors stand at their fields. */
 import { parseDocument, stringify } from "yaml";
 import { ApiError, change, getJson } from "../data/api";
-import { getPath, isObject, type Plain, type PlainObject } from "../data/paths";
+import { getPath, inOrderOf, isObject, type Plain, type PlainObject } from "../data/paths";
 import type { Run } from "../data/types";
 import { byId, pageData } from "../view/dom";
 import { debounced } from "../view/frame";
@@ -122,7 +122,7 @@ function submitClone(parent: number, body: PlainObject): Promise<Run> {
 form.addEventListener("input", (event) => {
   if ((event.target as Element).closest(".preset-row, .config-import")) return;
   showParts(form);
-  setSpec(readForm(form), "form");
+  setSpec(inOrderOf(readForm(form), spec) as PlainObject, "form");
 });
 form.addEventListener("submit", (event) => {
   event.preventDefault();
