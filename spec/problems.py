@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -12,6 +14,7 @@ from spec.experiment import ExperimentSpec
 from spec.fields import child, kinds
 
 _VALUE_ERROR = "Value error, "
+_SHOULD = re.compile(r"[A-Z][a-z]+ (should .*?)(?:, (?:unable|got) .*)?")
 _SHAPE = re.compile(r"should be a valid dictionary or (?:instance of|object to extract fields from).*")
 
 
@@ -43,15 +46,20 @@ def from_validation_error(error: ValidationError) -> list[Problem]:
             keys, message = [*keys, "kind"], f"should be one of {', '.join(kinds(annotation))}"
         elif item["type"] == "extra_forbidden":
             message = "is not a field of the spec"
-        elif message.startswith("Input should"):
-            message = _SHAPE.sub("should be a mapping of fields", message.removeprefix("Input "))
-            message = f"{message}, not {_shown(item['input'])}"
+        else:
+            message = said(item)
         rule = message.removeprefix(_VALUE_ERROR)
         named = _leading_field(annotation, rule) if rule != message else []
         if not named and keys:
             rule = f"{keys[-1]}: {rule}"
         problems.append(Problem(pointer(*keys, *named), rule))
     return problems
+
+
+def said(item: Mapping[str, Any]) -> str:
+    """What an error of pydantic says is wrong, in our words: "should be less than or equal to 10, not 12"."""
+    found = _SHOULD.fullmatch(str(item["msg"]))
+    return str(item["msg"]) if found is None else f"{_SHAPE.sub('should be a mapping of fields', found[1])}, not {_shown(item['input'])}"
 
 
 def _without_tags(loc: tuple[str | int, ...]) -> tuple[list[str | int], object]:

@@ -17,7 +17,7 @@ from rest_framework.response import Response
 from experiments.actions.describe import Refused
 from experiments.actions.transition import StateConflict
 from spec.problems import Problem as FieldProblem
-from spec.problems import pointer
+from spec.problems import pointer, said
 
 logger = logging.getLogger(__name__)
 MEDIA_TYPE = "application/problem+json"
@@ -74,8 +74,8 @@ def invalid_body(error: ValidationError) -> Problem:
 
 def invalid_query(error: ValidationError) -> Problem:
     """400 for a query that is not of its shape. A rule between parameters begins with the one at fault."""
-    said = [(item["loc"], _said(item)) for item in error.errors(include_url=False)]
-    return Problem("malformed", errors=[FieldError(parameter=str(loc[0]) if loc else detail.split()[0], detail=detail) for loc, detail in said])
+    found = [(item["loc"], _said(item)) for item in error.errors(include_url=False)]
+    return Problem("malformed", errors=[FieldError(parameter=str(loc[0]) if loc else detail.split()[0], detail=detail) for loc, detail in found])
 
 
 def wrong_parameter(name: str, detail: str) -> Problem:
@@ -89,7 +89,7 @@ def refused(problems: Iterable[FieldProblem]) -> Problem:
 
 
 def _said(item: Mapping[str, Any]) -> str:
-    message = str(item["msg"]).removeprefix("Value error, ")
+    message = "is not known here" if item["type"] == "extra_forbidden" else said(item).removeprefix("Value error, ")
     name = str(item["loc"][-1]) if item["loc"] else ""
     return f"{name}: {message}" if name else message
 

@@ -7,7 +7,7 @@ import { byId, pageData } from "../view/dom";
 import { debounced } from "../view/frame";
 import { initBaseline, showBaseline } from "../view/baseline";
 import { initConfigImport } from "../view/config-import";
-import { clearErrors, showErrors } from "../view/spec-errors";
+import { clearErrors, focusFirst, initProblems, showErrors } from "../view/spec-errors";
 import { readForm, showParts, writeForm } from "../view/spec-form";
 import { compareWith, showPrice, type Compared, type Price } from "../view/price";
 import { tellError } from "../view/toast";
@@ -106,7 +106,7 @@ async function submit(): Promise<void> {
     launch.removeAttribute("aria-busy");
     if (!(error instanceof ApiError) || error.problem.status !== 422) return tellError(error);
     showErrors(form, spec, error.problem, jump);
-    form.querySelector<HTMLElement>("[aria-invalid]")?.focus();
+    focusFirst(form);
   }
 }
 
@@ -130,6 +130,7 @@ form.addEventListener("submit", (event) => {
 });
 yaml.addEventListener("input", debounced(250, readYaml));
 byId<HTMLSelectElement>("preset").addEventListener("change", (event) => void usePreset((event.target as HTMLSelectElement).value).catch(tellError));
+initProblems(form);
 initConfigImport((imported) => setSpec(imported, "both"));
 initBaseline(() => spec, (dense, compared) => {
   compareWith(compared);
