@@ -17,7 +17,7 @@ from rest_framework.response import Response
 from experiments.actions.describe import Refused
 from experiments.actions.transition import StateConflict
 from spec.problems import Problem as FieldProblem
-from spec.problems import pointer, said
+from spec.problems import name_of, pointer, said
 
 logger = logging.getLogger(__name__)
 MEDIA_TYPE = "application/problem+json"
@@ -90,8 +90,7 @@ def refused(problems: Iterable[FieldProblem]) -> Problem:
 
 def _said(item: Mapping[str, Any]) -> str:
     message = "is not known here" if item["type"] == "extra_forbidden" else said(item).removeprefix("Value error, ")
-    name = str(item["loc"][-1]) if item["loc"] else ""
-    return f"{name}: {message}" if name else message
+    return f"{name_of(item['loc'])}: {message}" if item["loc"] else message
 
 
 def handle(error: Exception, context: Mapping[str, Any]) -> Response:
@@ -115,6 +114,9 @@ def handle(error: Exception, context: Mapping[str, Any]) -> Response:
             problem = Problem("forbidden")
         case RequestDataTooBig():
             problem = Problem("too-large")
+        case exceptions.UnsupportedMediaType():
+            detail = "Content-Type: should be application/json"
+            problem = Problem("unsupported-media-type", detail, [FieldError(header="Content-Type", detail=detail)])
         case exceptions.APIException():
             problem = Problem(_BY_STATUS.get(error.status_code, "malformed"), str(error.detail))
             challenge = getattr(error, "auth_header", None)

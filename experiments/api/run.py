@@ -76,12 +76,13 @@ class OneRun(Endpoint):
         body, wanted = self.body(PatchBody), request.headers.get("If-Match", "*")
         changes = body.model_dump(exclude_none=True)
         if nothing := [name for name, value in body.model_dump(exclude_unset=True).items() if value is None]:
-            said = "null is no value of it; leave out what shall stay"
+            said = "null is no value; leave out what shall stay"
             raise Problem("invalid", errors=[FieldError(pointer=f"/{name}", detail=f"{name}: {said}") for name in nothing])
         with transaction.atomic():
             locked(run_id)
             if wanted.strip() != "*" and _etag(run_json(self.run(run_id), spec=True)) not in wanted:
-                raise Problem("precondition-failed")
+                detail = "If-Match: is not the run's ETag any more; read the run again"
+                raise Problem("precondition-failed", detail, [FieldError(header="If-Match", detail=detail)])
             edit(run_id, **changes)
         shown = run_json(self.run(run_id), spec=True)
         return Response(shown, headers={"ETag": _etag(shown)})

@@ -49,6 +49,12 @@ class Range(Query):
     to: Step | None = Field(None, description="Last step; the newest where absent.")
     points: int = Field(1000, ge=1, le=read.MAX_POINTS, description="Rows at most.")
 
+    @model_validator(mode="after")
+    def _forwards(self) -> Self:
+        if self.to is not None and self.from_ > self.to:
+            raise ValueError(f"from {self.from_} is after to {self.to}")
+        return self
+
 
 class StepsQuery(Range):
     scalars: str = Field("*", max_length=20_000, description="Names, separated by commas; * for all, empty for none.")
@@ -92,6 +98,9 @@ def _block(facts: Facts, asked: Range, names: list[str] | None, kinds: list[str]
         unknown = [name for name in asked_for if name not in known]
         if unknown:
             raise wrong_parameter(parameter, f"{parameter}: there is no {what} {unknown[0]!r:.250}, only {', '.join(known) or 'none yet':.1000}")
+    n_layers = len(facts.moe_layers)
+    if layer is not None and layer >= n_layers and "attention_tokens" not in kinds:
+        raise wrong_parameter("layer", f"layer: there is no row {layer}, only {n_layers}, counted from 0")
     try:
         return read.steps_arrays(facts, asked.from_, asked.to, asked.points, names, kinds, layer)
     except RangeError as error:

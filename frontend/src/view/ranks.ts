@@ -72,7 +72,7 @@ export function initRanks(store: RunStore, parts: string[]): void {
 export function note(shown: { sampled: boolean; ranks: number } | null, every: number | null, lastStep: number): string {
   if (!lastStep) return "The parts of a step appear with the first step.";
   const rare = every ? `every ${every} steps (telemetry.phases_every), except where the model is compiled` : "";
-  const never = "telemetry.phases_every is 0. With 10, every tenth step of a run tells its router, experts, attention, communication and waiting.";
+  const never = "telemetry.phases_every is 0. With 10, every tenth step is told part by part.";
   if (!shown) return every === null ? "This run's trainer does not tell where its time goes." : every ? `Nothing was timed at this step: parts are, ${rare}.` : `Nothing is timed in this run: ${never}`;
   if (!shown.sampled) return every === null ? "" : every ? `Finer parts are timed ${rare}.` : `Finer parts are not timed in this run: ${never}`;
   return shown.ranks > 1 ? "At a sampled step ranks wait for each other before they communicate: waiting is that, communication what the transfer itself takes." : "";

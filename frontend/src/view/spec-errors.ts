@@ -45,9 +45,15 @@ export function showErrors(form: HTMLElement, spec: PlainObject, problem: Proble
 
 function errorItem({ pointer, detail }: FieldProblem, jump: (path: string) => void): HTMLElement {
   const path = pathOf(pointer);
-  const button = el("button", { type: "button" }, path ? `${path}: ${detail.replace(`${path.split(".").at(-1)}: `, "")}` : detail);
+  const button = el("button", { type: "button" }, path ? `${path}: ${withoutName(path, detail)}` : detail);
   button.addEventListener("click", () => jump(path));
   return el("li", {}, button);
+}
+
+/** A detail begins with the last part of the path: "weights.0: should be …". */
+function withoutName(path: string, detail: string): string {
+  const [said, name] = detail.match(/^([\w.]+): /) ?? ["", ""];
+  return name && `.${path}`.endsWith(`.${name}`) ? detail.slice(said.length) : detail;
 }
 
 /** The field of a path; for a path into a list of terms, the field of the term of that kind. */
