@@ -65,11 +65,20 @@ export class Snapshots {
 
   /** The row of the last reported step up to `step` (or the first after it), if the steps around it are here. */
   at(step: number): Snapshot | undefined {
-    const chunk = [this.tail, ...this.chunks].find((held) => held && held.from <= step && step <= held.to);
+    const chunk = this.covering(step);
     if (!chunk) return undefined;
     let found = chunk.rows[0];
     for (const row of chunk.rows) if (row.step <= step) found = row;
     return found;
+  }
+
+  /** The last `n` rows up to `step`, or fewer: those that are here. */
+  upTo(step: number, n: number): Snapshot[] {
+    return (this.covering(step)?.rows.filter((row) => row.step <= step) ?? []).slice(-n);
+  }
+
+  private covering(step: number): Chunk | undefined {
+    return [this.tail, ...this.chunks].find((held) => held && held.from <= step && step <= held.to) ?? undefined;
   }
 
   clear(): void {

@@ -14,6 +14,7 @@ import { initEvents } from "../view/events";
 import { initExpert } from "../view/expert";
 import { debounced } from "../view/frame";
 import { initHeader } from "../view/header";
+import { initHealth } from "../view/health";
 import { initLog } from "../view/log";
 import { initLoss } from "../view/loss";
 import { initMetrics } from "../view/metrics";
@@ -98,6 +99,7 @@ function initRouterWatch(): void {
 
 showStatus = initBanner(socket);
 initHeader(store);
+initHealth(store);
 initActions(store);
 initTabs();
 initTimeline(store);

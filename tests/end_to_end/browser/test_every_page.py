@@ -101,6 +101,24 @@ def test_the_keyboard_reaches_the_content_and_shows_where_it_is(live: Live, open
     expect(page.get_by_role("tabpanel", name="Specialisation")).to_be_visible()
 
 
+def test_a_line_says_how_the_router_fares_and_each_metric_what_it_is(open_page: Opened, runs: dict[str, int]) -> None:
+    page = open_page(f"/runs/{runs['other']}")
+    health = page.locator("#health")
+    expect(health).to_have_text(
+        re.compile(r"^Routing leaves experts out \(steps 31 to 50\): 1 of 32 experts got no token \(1 in layer 3\); the busiest takes ")
+    )
+    page.get_by_label("Step", exact=True).first.focus()
+    page.keyboard.press("Home")
+    expect(health).to_have_text(re.compile(r"\(step 1\): every expert gets tokens"))
+    help_of = page.get_by_role("button", name="What is MaxVio?")
+    help_of.focus()
+    page.keyboard.press("Enter")
+    expect(help_of).to_have_attribute("aria-expanded", "true")
+    expect(page.get_by_text("0 is even; E / k − 1 is everything on the same k of E experts", exact=False)).to_be_visible()
+    page.keyboard.press("Enter")
+    expect(page.locator("#metrics .chart-help").first).to_be_hidden()
+
+
 def test_specialisation_follows_the_layer_and_the_validation(live: Live, open_page: Opened, runs: dict[str, int]) -> None:
     page = open_page(f"/runs/{runs['other']}#specialisation")
     table = page.get_by_role("region", name="Class of token")
