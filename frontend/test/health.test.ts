@@ -55,3 +55,16 @@ test("the window ends at the cursor", () => {
   expect(snapshots.upTo(3, 20)).toHaveLength(3);
   expect(snapshots.upTo(31, 20)).toEqual([]);
 });
+
+test("the window reaches from the live rows into those that were fetched, and stops at a gap", () => {
+  const snapshots = new Snapshots();
+  const rows = (steps: number[]) => steps.map((step) => row(step, [[step]]));
+  snapshots.add(1, 40, rows([10, 20, 30, 40]));
+  snapshots.append(rows([50, 60]), 41); // reported every ten steps
+  expect(snapshots.upTo(60, 4).map(({ step }) => step)).toEqual([30, 40, 50, 60]);
+  expect(snapshots.upTo(60, 9)).toHaveLength(6);
+  const gap = new Snapshots();
+  gap.add(1, 40, rows([10, 20, 30, 40]));
+  gap.append(rows([90, 91]), 90);
+  expect(gap.upTo(91, 9).map(({ step }) => step)).toEqual([90, 91]);
+});

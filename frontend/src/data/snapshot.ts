@@ -50,10 +50,10 @@ export class Snapshots {
     this.trim();
   }
 
-  /** Rows that have just arrived, in order. */
-  append(rows: Snapshot[]): void {
+  /** Rows that have just arrived, in order: all that there are from the step `from` on. */
+  append(rows: Snapshot[], from = rows[0]?.step): void {
     if (!rows.length) return;
-    this.tail ??= { from: rows[0].step, to: 0, rows: [], cells: 0 };
+    this.tail ??= { from, to: 0, rows: [], cells: 0 };
     for (const row of rows) {
       if (row.step <= this.tail.to) continue;
       this.tail.rows.push(row);
@@ -72,9 +72,15 @@ export class Snapshots {
     return found;
   }
 
-  /** The last `n` rows up to `step`, or fewer: those that are here. */
+  /** The last `n` rows up to `step`, or fewer: those that are here without a gap. */
   upTo(step: number, n: number): Snapshot[] {
-    return (this.covering(step)?.rows.filter((row) => row.step <= step) ?? []).slice(-n);
+    const found: Snapshot[] = [];
+    let to = step;
+    for (let chunk = this.covering(to); chunk && found.length < n; chunk = this.covering(to)) {
+      found.unshift(...chunk.rows.filter((row) => row.step <= to).slice(-n));
+      to = chunk.from - 1;
+    }
+    return found.slice(-n);
   }
 
   private covering(step: number): Chunk | undefined {

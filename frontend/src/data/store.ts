@@ -108,7 +108,7 @@ export class RunStore {
       this.layerWhole?.apply(rows);
       const terms = this.terms && termRows(rows, this.layer, this.run.balance_terms ?? []);
       if (terms) this.terms!.apply(terms);
-      if (rows.level === 1) this.snapshots.append(snapshotsOf(rows));
+      if (rows.level === 1) this.snapshots.append(snapshotsOf(rows), rows.from);
       this.samples.take(rows);
     }
     this.limit();
