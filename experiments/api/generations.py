@@ -157,6 +157,7 @@ class OneGeneration(Endpoint):
     @extend_schema(operation_id="get_generation", responses=GenerationResource)
     def get(self, request: Request, run_id: int, generation_id: int) -> Response:
         """With the text and its routing, once it has succeeded."""
+        self.query(Query)
         found = self._found(run_id, generation_id)
         return Response({**summary(found), "result": found.result})
 

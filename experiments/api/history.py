@@ -58,6 +58,7 @@ class Transitions(Endpoint):
     @extend_schema(operation_id="list_transitions", responses=TransitionList)
     def get(self, request: Request, run_id: int) -> Response:
         """Who moved the run where, when and why, in order."""
+        self.query(Query)
         return items([transition_json(row) for row in self.run(run_id).transitions.order_by("id")])
 
 
@@ -67,6 +68,7 @@ class Checkpoints(Endpoint):
     @extend_schema(operation_id="list_checkpoints", responses=CheckpointList)
     def get(self, request: Request, run_id: int) -> Response:
         """Newest first, those that newer ones have replaced on disk included."""
+        self.query(Query)
         return items([checkpoint_json(row) for row in self.run(run_id).checkpoints.order_by("-step", "-attempt")])
 
 

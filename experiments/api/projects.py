@@ -14,7 +14,7 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 
 from experiments import access
-from experiments.api.endpoint import Endpoint, items
+from experiments.api.endpoint import Endpoint, Query, items
 from experiments.api.problems import FieldError, Problem
 from experiments.api.shapes import MemberBody, ProjectBody
 from experiments.models import Membership, Project, Role
@@ -67,6 +67,7 @@ class Projects(Endpoint):
     @extend_schema(operation_id="list_projects", responses=ProjectList)
     def get(self, request: Request) -> Response:
         """Those one belongs to."""
+        self.query(Query)
         return items(projects_of(self.principal))
 
     @extend_schema(operation_id="create_project", request=ProjectBody, responses={201: ProjectResource})
@@ -89,6 +90,7 @@ class Members(Endpoint):
     @extend_schema(operation_id="list_members", responses=MemberList)
     def get(self, request: Request, project_id: int) -> Response:
         """Who is in, and as what."""
+        self.query(Query)
         rows = Membership.objects.filter(project=project_id).select_related("user").order_by("user__username")
         return items([_shown(row) for row in rows])
 

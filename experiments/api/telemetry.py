@@ -149,6 +149,7 @@ class MetricsView(Endpoint):
     @extend_schema(operation_id="run_metrics", responses=OpenApiTypes.OBJECT)
     def get(self, request: Request, run_id: int) -> Response:
         """The run's metrics: name, newest value, minimum, maximum and how many steps have one."""
+        self.query(Query)
         run = self.run(run_id)
         facts = Facts.of(run)
         at = read.zoom(facts, 0, None, 200)
@@ -191,6 +192,7 @@ class ExportView(Endpoint):
     @extend_schema(operation_id="run_export", responses={(200, "application/octet-stream"): OpenApiTypes.BINARY})
     def get(self, request: Request, run_id: int, file: str) -> StreamingHttpResponse:
         """Every value as a file: metrics.parquet, metrics.csv, metrics.jsonl, routing.parquet, routing.npz or log.txt."""
+        self.query(Query)
         run = self.run(run_id)
         if file not in export.FORMATS:
             raise Http404

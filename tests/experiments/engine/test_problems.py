@@ -52,6 +52,16 @@ def test_a_parameter(ada: APIClient, run: Run, path: str, said: str) -> None:
     assert error["detail"].startswith(said) and said in answer.json()["detail"]
 
 
+CLOSED = ["me", "presets", "presets/nano-mixtral", "projects", "schema/spec", "tokens", "workers", "runs", "runs/{run}"]
+CLOSED += [f"runs/{{run}}/{view}" for view in ("transitions", "checkpoints", "metrics", "export/metrics.csv", "steps", "logs", "events", "placement")]
+
+
+@pytest.mark.parametrize("path", CLOSED)
+def test_a_parameter_that_nobody_knows(ada: APIClient, run: Run, path: str) -> None:
+    answer = ada.get(f"/api/v1/{path.format(run=run.pk)}?colour=red")
+    assert (answer.status_code, answer.json()["errors"]) == (400, [{"pointer": "", "parameter": "colour", "detail": "colour: is not known here"}])
+
+
 @pytest.mark.parametrize(("method", "path", "body", "pointer", "said"), BODIES)
 def test_a_field(ada: APIClient, run: Run, method: str, path: str, body: Any, pointer: str, said: str) -> None:
     answer = getattr(ada, method)(path.format(run=run.pk), body)
