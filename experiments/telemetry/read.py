@@ -93,22 +93,25 @@ def zoom(facts: Facts, low: int, high: int | None, points: int, kinds: Sequence[
 
 def fits(facts: Facts, n_rows: int, kinds: Sequence[str], level: int, low: int, high: int, layer: int | None = None) -> bool:
     """Whether `n_rows` rows of `kinds`, as they are stored under the keys low … high, are at most MAX_CELLS numbers, or a single row."""
-    return n_rows == 1 or n_rows * cells(facts, kinds, level, low, high, layer) <= MAX_CELLS
+    return n_rows == 1 or not kinds or n_rows * cells(facts, kinds, level, low, high, layer) <= MAX_CELLS
 
 
 def cells(facts: Facts, kinds: Sequence[str], level: int, low: int, high: int, layer: int | None = None) -> int:
     """Numbers that an answer's row has, of all `kinds` together: each is as large as its largest under the keys low … high."""
-    shapes_of = (_shapes(facts, kind, level, low, high, layer) for kind in kinds)
-    return sum(math.prod(max(sizes) for sizes in zip(*shapes, strict=True)) for shapes in shapes_of if shapes)
+    sizes: dict[str, tuple[int, ...]] = {}
+    for kind, shape in _shapes(facts, kinds, level, low, high):
+        kept = (1, *shape[1:]) if layer is not None and TENSORS[kind].axes[0] == "layer" else shape
+        sizes[kind] = tuple(map(max, sizes.get(kind, kept), kept))
+    return sum(map(math.prod, sizes.values()))
 
 
-def _shapes(facts: Facts, kind: str, level: int, low: int, high: int, layer: int | None) -> set[tuple[int, ...]]:
-    """The shapes that `tensors` meets there."""
+def _shapes(facts: Facts, kinds: Sequence[str], level: int, low: int, high: int) -> set[tuple[str, tuple[int, ...]]]:
+    """The shapes that `tensors` meets there, and of which kinds."""
+    found = rows.shapes(facts.run_id, kinds, level, low, high)
     unfinished = None if level == 1 else _open_bucket(facts, level)
-    found = rows.shapes(facts.run_id, kind, level, low, high)
     if unfinished is not None and low <= unfinished <= high:
-        found |= _shapes(facts, kind, FINER[level], *_keys_below(facts, level, unfinished), None)
-    return found if layer is None or TENSORS[kind].axes[0] != "layer" else {(1, *shape[1:]) for shape in found}
+        found |= _shapes(facts, kinds, FINER[level], *_keys_below(facts, level, unfinished))
+    return found
 
 
 def _open_bucket(facts: Facts, level: int) -> int | None:
