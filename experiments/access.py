@@ -160,6 +160,14 @@ def decide(principal: Principal | None, route: str, method: str, kwargs: Mapping
     return _within(principal, need, kwargs)
 
 
+def wanting(principal: Principal, route: str, method: str) -> str:
+    """What the principal whom `decide` forbids `method` on `route` would need."""
+    need = ROUTES[route]["GET" if method == "HEAD" else method]
+    if need.scope not in principal.scopes:
+        return f"it takes a token with the scope {need.scope}; this one has {', '.join(sorted(principal.scopes))}"
+    return "it takes an administrator, and no token bound to a project" if need.superuser else f"it takes the role {need.role} in the project"
+
+
 def _within(principal: Principal, need: Need, kwargs: Mapping[str, Any]) -> Verdict:
     if need.superuser:
         return Verdict.ALLOW if is_administrator(principal) else Verdict.FORBID

@@ -20,12 +20,14 @@ class ServerUnreachable(ConnectionError):  # noqa: N818  says what is so, like C
 
 
 class ApiError(Exception):
-    """The server refused. `errors` lists {pointer, detail} for the fields at fault."""
+    """The server refused. `errors` lists what is at fault: {pointer | parameter | header, detail}; each is said once, on a line of its own."""
 
     def __init__(self, status: int, title: str, detail: str = "", errors: list[dict[str, str]] | None = None) -> None:
         self.status, self.title, self.detail, self.errors = status, title, detail, errors or []
-        fields = "".join(f"\n  {error.get('pointer', '')}: {error.get('detail', '')}" for error in self.errors)
-        super().__init__(f"{title or 'refused'} ({status})" + (f": {detail}" if detail else "") + fields)
+        told = [error.get("detail", "") for error in self.errors]
+        lines = [f"\n  {error['pointer']}: {text}" if error.get("pointer") else f"\n  {text}" for error, text in zip(self.errors, told, strict=True)]
+        more = f": {detail}" if detail and detail != "; ".join(told[:3]) else ""
+        super().__init__(f"{title or 'refused'} ({status}){more}{''.join(lines)}")
 
 
 class Http:

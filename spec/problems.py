@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -12,7 +14,8 @@ from spec.experiment import ExperimentSpec
 from spec.fields import child, kinds
 
 _VALUE_ERROR = "Value error, "
-_SHAPE = re.compile(r"should be a valid dictionary or (?:instance of|object to extract fields from).*")
+_SHOULD = re.compile(r"[A-Z][a-z]+ (should .*?)(?: after validation)?(?:, (?:unable|got|not|input|invalid|unexpected) .*)?")
+_SHAPE = re.compile(r"should be a valid dictionary(?: or .*)?")
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class Problem:
     def __str__(self) -> str:
         """One line: the dotted path, then what is wrong."""
         keys = self.pointer.split("/")[1:]
-        return f"{'.'.join(keys)}: {self.detail.removeprefix(f'{keys[-1]}: ')}" if keys else self.detail
+        return f"{'.'.join(keys)}: {self.detail.removeprefix(f'{name_of(keys)}: ')}" if keys else self.detail
 
 
 def pointer(*keys: str | int) -> str:
@@ -43,15 +46,31 @@ def from_validation_error(error: ValidationError) -> list[Problem]:
             keys, message = [*keys, "kind"], f"should be one of {', '.join(kinds(annotation))}"
         elif item["type"] == "extra_forbidden":
             message = "is not a field of the spec"
-        elif message.startswith("Input should"):
-            message = _SHAPE.sub("should be a mapping of fields", message.removeprefix("Input "))
-            message = f"{message}, not {_shown(item['input'])}"
+        else:
+            message = said(item)
         rule = message.removeprefix(_VALUE_ERROR)
         named = _leading_field(annotation, rule) if rule != message else []
         if not named and keys:
-            rule = f"{keys[-1]}: {rule}"
+            rule = f"{name_of(keys)}: {rule}"
         problems.append(Problem(pointer(*keys, *named), rule))
     return problems
+
+
+def said(item: Mapping[str, Any]) -> str:
+    """What an error of pydantic says is wrong, in our words: "should be less than or equal to 10, not 12"."""
+    found = _SHOULD.fullmatch(str(item["msg"]))
+    if found is None:
+        return "is missing" if item["type"] == "missing" else str(item["msg"])
+    rule = _SHAPE.sub("should be a mapping of fields", found[1])
+    if isinstance(item["input"], str):
+        rule = re.sub(r" items?$", " characters", rule)
+    return f"{rule}, not {_shown(item['input'])}"
+
+
+def name_of(keys: Sequence[str | int]) -> str:
+    """How a message names the field at `keys`: by its last part, and by the place in a list: "tags.0"."""
+    last = next((at for at in range(len(keys) - 1, 0, -1) if not str(keys[at]).isdigit()), 0)
+    return ".".join(str(key) for key in keys[last:])
 
 
 def _without_tags(loc: tuple[str | int, ...]) -> tuple[list[str | int], object]:

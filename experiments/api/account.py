@@ -14,7 +14,7 @@ from rest_framework.response import Response
 from experiments import access
 from experiments.actions.books import WORKER_SILENT_S
 from experiments.actions.now import after_now
-from experiments.api.endpoint import Endpoint
+from experiments.api.endpoint import Endpoint, Query
 from experiments.api.projects import ProjectResource, projects_of
 from experiments.health import database_answers, valkey_answers
 from experiments.models import Worker
@@ -48,6 +48,7 @@ class Me(Endpoint):
     @extend_schema(operation_id="me", responses=Account)
     def get(self, request: Request) -> Response:
         """Name, scopes, projects and roles."""
+        self.query(Query)
         who = self.principal
         shown: dict[str, Any] = {"id": who.user.pk, "user": who.user.get_username(), "is_superuser": access.is_administrator(who)}
         return Response({**shown, "scopes": sorted(who.scopes), "projects": projects_of(who)})
@@ -59,6 +60,7 @@ class SystemState(Endpoint):
     @extend_schema(operation_id="system", responses=System)
     def get(self, request: Request) -> Response:
         """Servers, workers, and the number of runs in each state."""
+        self.query(Query)
         counts = access.visible_runs(self.principal).order_by().values_list("state").annotate(n=Count("pk"))
         slots = Worker.objects.filter(last_seen__gt=after_now(-WORKER_SILENT_S)).values_list("slots", flat=True)
         database, valkey = database_answers(), valkey_answers()

@@ -19,7 +19,7 @@ from rest_framework.response import Response
 from rest_framework.views import APIView
 
 from experiments import access
-from experiments.api.problems import Problem, invalid_body, invalid_query
+from experiments.api.problems import FieldError, Problem, invalid_body, invalid_query
 from experiments.models import Project, Role, Run
 
 M = TypeVar("M", bound=BaseModel)
@@ -107,7 +107,7 @@ class Endpoint(APIView):
         """The project of that name (or the default one), in which the principal has `role`. Raises Problem (403, 422)."""
         project = Project.default() if name is None else access.visible_projects(self.principal).filter(name=name).first()
         if project is None:
-            raise Problem("invalid", f"there is no project {name}")
+            raise Problem("invalid", errors=[FieldError(pointer="/project", detail=f"project: there is no project {name} that you belong to")])
         if not access.roles_include(self.principal, project.pk, role):
             raise Problem("forbidden", f"it takes the role {role} in project {project.name}")
         return project

@@ -143,7 +143,7 @@ class Generations(Endpoint):
         known = Generation.objects.select_related("creator", "worker").filter(creator=self.principal.user, idempotency_key=key).first()
         if known is not None and known.body_sha256 != _digest(run, body):
             said = "this Idempotency-Key was used with another body"
-            raise Problem("invalid", said, [FieldError(detail="Idempotency-Key: used with another body")])
+            raise Problem("invalid", said, [FieldError(header="Idempotency-Key", detail="Idempotency-Key: used with another body")])
         return known
 
     def _answer(self, generation: Generation, status: int) -> Response:
@@ -157,6 +157,7 @@ class OneGeneration(Endpoint):
     @extend_schema(operation_id="get_generation", responses=GenerationResource)
     def get(self, request: Request, run_id: int, generation_id: int) -> Response:
         """With the text and its routing, once it has succeeded."""
+        self.query(Query)
         found = self._found(run_id, generation_id)
         return Response({**summary(found), "result": found.result})
 

@@ -11,7 +11,7 @@ from rest_framework.response import Response
 
 from experiments import access
 from experiments.api.endpoint import Endpoint, Query, items, parameters
-from experiments.api.problems import FieldError, Problem
+from experiments.api.problems import wrong_parameter
 from experiments.api.resources import (
     CheckpointResource,
     NodeResource,
@@ -73,6 +73,7 @@ class Transitions(Endpoint):
     @extend_schema(operation_id="list_transitions", responses=TransitionList)
     def get(self, request: Request, run_id: int) -> Response:
         """Who moved the run where, when and why, in order."""
+        self.query(Query)
         return items([transition_json(row) for row in self.run(run_id).transitions.order_by("id")])
 
 
@@ -91,6 +92,7 @@ class Checkpoints(Endpoint):
     @extend_schema(operation_id="list_checkpoints", responses=CheckpointList)
     def get(self, request: Request, run_id: int) -> Response:
         """Newest first, those that newer ones have replaced on disk included."""
+        self.query(Query)
         return items([checkpoint_json(row) for row in self.run(run_id).checkpoints.order_by("-step", "-attempt")])
 
 
@@ -103,7 +105,6 @@ class Diff(Endpoint):
         run, wanted = self.run(run_id), self.query(DiffQuery).against
         other = access.visible_runs(self.principal).filter(pk=wanted or run.parent_id or 0).first()
         if wanted and other is None:
-            detail = f"against: there is no run {wanted}"
-            raise Problem("malformed", detail, [FieldError(parameter="against", detail=detail)])
+            raise wrong_parameter("against", f"against: there is no run {wanted}")
         changes = [Difference(path=path, before=before, after=after) for path, before, after in diff(other.spec, run.spec)] if other else []
         return Response(DiffResult(run=run.pk, against=other.pk if other else None, changes=changes).model_dump())

@@ -21,7 +21,8 @@ def given_key(request: Request) -> str | None:
     """The request's Idempotency-Key. Raises Problem (400)."""
     key = request.headers.get("Idempotency-Key")
     if key is not None and not (0 < len(key) <= 200 and key.isascii() and key.isprintable()):
-        raise Problem("malformed", "Idempotency-Key: 1 to 200 printable ASCII characters")
+        detail = "Idempotency-Key: should be 1 to 200 printable ASCII characters"
+        raise Problem("malformed", detail, [FieldError(header="Idempotency-Key", detail=detail)])
     return key
 
 
@@ -56,5 +57,5 @@ class MakesRuns(Endpoint):
         found = IdempotencyKey.objects.select_related("run__project", "run__owner", "run__worker").filter(user=self.principal.user, key=key).first()
         if found is not None and found.body_sha256 != digest:
             said = "this Idempotency-Key was used with another body"
-            raise Problem("invalid", said, [FieldError(detail="Idempotency-Key: used with another body")])
+            raise Problem("invalid", said, [FieldError(header="Idempotency-Key", detail="Idempotency-Key: used with another body")])
         return found.run if found else None

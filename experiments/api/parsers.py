@@ -10,7 +10,7 @@ from typing import IO, Any
 from rest_framework.parsers import BaseParser
 
 from experiments.api.problems import FieldError, Problem
-from spec.problems import pointer
+from spec.problems import name_of, pointer
 from spec.text import clean_text
 
 MAX_BODY_BYTES = 1_000_000
@@ -93,4 +93,6 @@ def _check_text(path: tuple[str | int, ...], text: str) -> None:
 
 def _problem(path: tuple[str | int, ...] | list[str | int], detail: str) -> Problem:
     where = pointer(*path).encode("utf-8", "backslashreplace").decode()
+    if path:
+        detail = f"{name_of(path)}: {detail}".encode("utf-8", "backslashreplace").decode()
     return Problem("malformed", detail, [FieldError(pointer=where, detail=detail)])

@@ -9,7 +9,7 @@ from rest_framework import exceptions
 from rest_framework.permissions import BasePermission
 from rest_framework.request import Request
 
-from experiments.access import Principal, Verdict, decide
+from experiments.access import Principal, Verdict, decide, wanting
 
 
 class ByTable(BasePermission):
@@ -26,4 +26,5 @@ class ByTable(BasePermission):
             raise Http404
         if verdict is Verdict.NO_METHOD:
             raise exceptions.MethodNotAllowed(request.method or "")
-        raise exceptions.PermissionDenied
+        assert isinstance(principal, Principal)
+        raise exceptions.PermissionDenied(wanting(principal, match.route if match else "", request.method or ""))

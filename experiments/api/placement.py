@@ -9,9 +9,10 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 
 from experiments.api.endpoint import Endpoint, Query, parameters
-from experiments.api.problems import Problem
+from experiments.api.problems import Problem, wrong_parameter
+from experiments.models import Run
 from experiments.telemetry import placement
-from experiments.telemetry.placement import Asked, Placed, PlacementError
+from experiments.telemetry.placement import Placed, PlacementError
 
 
 class PlacementQuery(Query):
@@ -23,6 +24,18 @@ class PlacementQuery(Query):
     groups: int | None = Field(None, ge=1, le=65_536, description="Groups of experts that routing is limited to; the router's where absent.")
     from_: int | None = Field(None, alias="from", ge=0, lt=2**31, description=f"First step; the last {placement.WINDOW_STEPS} steps where absent.")
     to: int | None = Field(None, ge=0, lt=2**31, description="Last step; the newest where absent.")
+
+
+def made_for(run: Run, query: PlacementQuery) -> Placed | None:
+    """The placement that is asked for; None where there is no load. Raises Problem (400) with the parameter at fault."""
+    try:
+        measured = placement.loads(run, query.from_, query.to)
+        if measured is None:
+            return None
+        n_experts = measured.tokens.shape[1]
+        return placement.placed(measured, placement.asked(run, n_experts, query.devices, query.replicas, query.nodes, query.groups))
+    except PlacementError as error:
+        raise wrong_parameter(error.parameter, str(error)) from error
 
 
 class LayerPlacement(BaseModel):
@@ -58,17 +71,9 @@ class PlacementView(Endpoint):
     def get(self, request: Request, run_id: int) -> Response:
         """Which device would hold which experts, hot ones several times, for the loads that the run measured over a window of steps."""
         run = self.run(run_id)
-        asked = self.query(PlacementQuery)
-        own = placement.usual(run)
-        devices = asked.devices or own.devices
-        replicas = asked.replicas or -(-max(run.n_experts, 1) // devices) * devices
-        try:
-            measured = placement.loads(run, asked.from_, asked.to)
-            if measured is None:
-                raise Problem("not-found", f"run {run_id} has no expert loads in these steps")
-            made = placement.placed(measured, Asked(devices, replicas, asked.nodes, asked.groups or own.groups))
-        except PlacementError as error:
-            raise Problem("malformed", str(error)) from error
+        made = made_for(run, self.query(PlacementQuery))
+        if made is None:
+            raise Problem("not-found", f"run {run_id} has no expert loads in these steps")
         return Response(shown(made, run.moe_layers).model_dump(by_alias=True))
 
 

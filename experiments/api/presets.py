@@ -11,7 +11,7 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 
 from experiments.actions.describe import Refused, below
-from experiments.api.endpoint import Endpoint, items
+from experiments.api.endpoint import Endpoint, Query, items
 from experiments.api.shapes import BaselineBody, Described
 from spec import presets
 from spec.accounting import price
@@ -39,6 +39,7 @@ class Presets(Endpoint):
     @extend_schema(operation_id="list_presets", responses=PresetList)
     def get(self, request: Request) -> Response:
         """Names, titles and sources."""
+        self.query(Query)
         return items([presets.describe(name).model_dump(mode="json") for name in presets.names()])
 
 
@@ -48,6 +49,7 @@ class OnePreset(Endpoint):
     @extend_schema(operation_id="get_preset", responses=PresetResource)
     def get(self, request: Request, name: str) -> Response:
         """With its whole spec and what it costs."""
+        self.query(Query)
         try:
             spec, described = presets.load(name), presets.describe(name)
         except presets.UnknownPresetError:
@@ -93,4 +95,5 @@ class SpecSchema(Endpoint):
     @extend_schema(operation_id="get_spec_schema", responses={200: dict[str, Any]})
     def get(self, request: Request) -> Response:
         """JSON Schema of a spec: every field with its range, unit and help."""
+        self.query(Query)
         return Response(ExperimentSpec.model_json_schema())

@@ -17,7 +17,7 @@ from rest_framework.response import Response
 from experiments.actions.describe import Refused
 from experiments.actions.transition import StateConflict
 from spec.problems import Problem as FieldProblem
-from spec.problems import pointer
+from spec.problems import name_of, pointer, said
 
 logger = logging.getLogger(__name__)
 MEDIA_TYPE = "application/problem+json"
@@ -40,10 +40,11 @@ _BY_STATUS = {status: slug for slug, (status, _) in TITLES.items()}
 
 
 class FieldError(BaseModel):
-    """One field at fault: `pointer` into the body (RFC 6901), or `parameter` of the query."""
+    """One field at fault: `pointer` into the body (RFC 6901), or `parameter` of the query, or `header`."""
 
     pointer: str = ""
     parameter: str | None = None
+    header: str | None = None
     detail: str
 
 
@@ -72,9 +73,14 @@ def invalid_body(error: ValidationError) -> Problem:
 
 
 def invalid_query(error: ValidationError) -> Problem:
-    """400 for a query that is not of its shape."""
-    found = [FieldError(parameter=str(item["loc"][0]) if item["loc"] else None, detail=_said(item)) for item in error.errors(include_url=False)]
-    return Problem("malformed", "The query's parameters are not valid", found)
+    """400 for a query that is not of its shape. A rule between parameters begins with the one at fault."""
+    found = [(item["loc"], _said(item)) for item in error.errors(include_url=False)]
+    return Problem("malformed", errors=[FieldError(parameter=str(loc[0]) if loc else detail.split()[0], detail=detail) for loc, detail in found])
+
+
+def wrong_parameter(name: str, detail: str) -> Problem:
+    """400 for one parameter of the query that does not fit what there is. `detail` names it."""
+    return Problem("malformed", detail, [FieldError(parameter=name, detail=detail)])
 
 
 def refused(problems: Iterable[FieldProblem]) -> Problem:
@@ -83,9 +89,8 @@ def refused(problems: Iterable[FieldProblem]) -> Problem:
 
 
 def _said(item: Mapping[str, Any]) -> str:
-    message = str(item["msg"]).removeprefix("Value error, ")
-    name = str(item["loc"][-1]) if item["loc"] else ""
-    return f"{name}: {message}" if name else message
+    message = "is not known here" if item["type"] == "extra_forbidden" else said(item).removeprefix("Value error, ")
+    return f"{name_of(item['loc'])}: {message}" if item["loc"] else message
 
 
 def handle(error: Exception, context: Mapping[str, Any]) -> Response:
@@ -109,6 +114,9 @@ def handle(error: Exception, context: Mapping[str, Any]) -> Response:
             problem = Problem("forbidden")
         case RequestDataTooBig():
             problem = Problem("too-large")
+        case exceptions.UnsupportedMediaType():
+            detail = "Content-Type: should be application/json"
+            problem = Problem("unsupported-media-type", detail, [FieldError(header="Content-Type", detail=detail)])
         case exceptions.APIException():
             problem = Problem(_BY_STATUS.get(error.status_code, "malformed"), str(error.detail))
             challenge = getattr(error, "auth_header", None)

@@ -14,7 +14,7 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 
 from experiments import access
-from experiments.api.endpoint import Endpoint, items
+from experiments.api.endpoint import Endpoint, Query, items
 from experiments.api.problems import FieldError, Problem
 from experiments.api.shapes import MemberBody, ProjectBody
 from experiments.models import Membership, Project, Role
@@ -67,6 +67,7 @@ class Projects(Endpoint):
     @extend_schema(operation_id="list_projects", responses=ProjectList)
     def get(self, request: Request) -> Response:
         """Those one belongs to."""
+        self.query(Query)
         return items(projects_of(self.principal))
 
     @extend_schema(operation_id="create_project", request=ProjectBody, responses={201: ProjectResource})
@@ -77,7 +78,8 @@ class Projects(Endpoint):
             with transaction.atomic():
                 row = Project.objects.create(name=name)
         except IntegrityError:
-            raise Problem("conflict", f"there is a project {name} already") from None
+            detail = f"name: there is a project {name} already"
+            raise Problem("conflict", detail, [FieldError(pointer="/name", detail=detail)]) from None
         shown = ProjectResource(id=row.pk, name=row.name, role=Role.ADMIN.value, created_at=row.created_at)
         return Response(shown.model_dump(mode="json"), status=201)
 
@@ -88,6 +90,7 @@ class Members(Endpoint):
     @extend_schema(operation_id="list_members", responses=MemberList)
     def get(self, request: Request, project_id: int) -> Response:
         """Who is in, and as what."""
+        self.query(Query)
         rows = Membership.objects.filter(project=project_id).select_related("user").order_by("user__username")
         return items([_shown(row) for row in rows])
 

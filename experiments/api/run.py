@@ -18,7 +18,7 @@ from experiments.actions.delete import delete
 from experiments.actions.edit import edit
 from experiments.actions.transition import locked
 from experiments.api.endpoint import Endpoint, JSONOut, Query, parameters
-from experiments.api.problems import Problem
+from experiments.api.problems import FieldError, Problem
 from experiments.api.resources import RunResource, run_json
 from experiments.api.shapes import PatchBody
 from experiments.models import TERMINAL, Run
@@ -75,12 +75,14 @@ class OneRun(Endpoint):
         """Changes what people write about a run; with If-Match only if nobody has changed it since."""
         body, wanted = self.body(PatchBody), request.headers.get("If-Match", "*")
         changes = body.model_dump(exclude_none=True)
-        if any(value is None for value in body.model_dump(exclude_unset=True).values()):
-            raise Problem("invalid", "null is no value of these fields; leave out what shall stay")
+        if nothing := [name for name, value in body.model_dump(exclude_unset=True).items() if value is None]:
+            said = "null is no value; leave out what shall stay"
+            raise Problem("invalid", errors=[FieldError(pointer=f"/{name}", detail=f"{name}: {said}") for name in nothing])
         with transaction.atomic():
             locked(run_id)
             if wanted.strip() != "*" and _etag(run_json(self.run(run_id), spec=True)) not in wanted:
-                raise Problem("precondition-failed")
+                detail = "If-Match: is not the run's ETag any more; read the run again"
+                raise Problem("precondition-failed", detail, [FieldError(header="If-Match", detail=detail)])
             edit(run_id, **changes)
         shown = run_json(self.run(run_id), spec=True)
         return Response(shown, headers={"ETag": _etag(shown)})

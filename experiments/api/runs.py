@@ -101,7 +101,7 @@ class Runs(MakesRuns):
             found = found.filter(step=wanted.step)
         newest = found.select_related("run__worker").order_by("-step", "-attempt").first()
         if newest is None:
-            raise Refused([FieldProblem("/resume_from", f"run {wanted.run} has no such checkpoint")])
+            raise Refused([FieldProblem("/resume_from", f"resume_from: run {wanted.run} has no such checkpoint")])
         place = {"run": newest.run_id, "step": newest.step, "path": newest.path, "host": newest.run.worker.host if newest.run.worker else ""}
         return place, newest.run
 

@@ -14,7 +14,7 @@ from django.db.models.lookups import Exact
 from pydantic import AfterValidator, Field, StringConstraints
 
 from experiments.api.endpoint import Query
-from experiments.api.problems import FieldError, Problem
+from experiments.api.problems import wrong_parameter
 from experiments.models import Run, State
 from spec.text import clean_text
 
@@ -134,8 +134,7 @@ def _read_cursor(cursor: str, order: str) -> tuple[Any, int]:
             raise ValueError
         return _READERS[order.lstrip("-")](plain), last_id
     except (ValueError, TypeError, RecursionError):
-        detail = "cursor: is not one of this list and order; begin again without it"
-        raise Problem("malformed", detail, [FieldError(parameter="cursor", detail=detail)]) from None
+        raise wrong_parameter("cursor", "cursor: is not one of this list and order; begin again without it") from None
 
 
 def _moment(text: str) -> datetime:

@@ -20,7 +20,7 @@ from rest_framework.response import Response
 from experiments import access
 from experiments.api import placement, specialisation
 from experiments.api.endpoint import Endpoint, Query, items, parameters
-from experiments.api.problems import Problem
+from experiments.api.problems import Problem, wrong_parameter
 from experiments.live.publish import stream_of
 from experiments.live.reader import reader
 from experiments.models import TERMINAL
@@ -48,6 +48,12 @@ class Range(Query):
     from_: Step = Field(0, alias="from", description="First step.")
     to: Step | None = Field(None, description="Last step; the newest where absent.")
     points: int = Field(1000, ge=1, le=read.MAX_POINTS, description="Rows at most.")
+
+    @model_validator(mode="after")
+    def _forwards(self) -> Self:
+        if self.to is not None and self.from_ > self.to:
+            raise ValueError(f"from {self.from_} is after to {self.to}")
+        return self
 
 
 class StepsQuery(Range):
@@ -88,13 +94,17 @@ class FollowQuery(Query):
 
 
 def _block(facts: Facts, asked: Range, names: list[str] | None, kinds: list[str], layer: int | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    unknown = [name for name in names or [] if name not in facts.names] + [kind for kind in kinds if kind not in TENSORS]
-    if unknown:
-        raise Problem("malformed", f"there is no metric or tensor {unknown[0]!r:.250}")
+    for parameter, what, asked_for, known in (("scalars", "metric", names or [], facts.names), ("tensors", "tensor", kinds, TENSORS)):
+        unknown = [name for name in asked_for if name not in known]
+        if unknown:
+            raise wrong_parameter(parameter, f"{parameter}: there is no {what} {unknown[0]!r:.250}, only {', '.join(known) or 'none yet':.1000}")
+    n_layers = len(facts.moe_layers)
+    if layer is not None and layer >= n_layers and "attention_tokens" not in kinds:
+        raise wrong_parameter("layer", f"layer: there is no row {layer}, only {n_layers}, counted from 0")
     try:
         return read.steps_arrays(facts, asked.from_, asked.to, asked.points, names, kinds, layer)
     except RangeError as error:
-        raise Problem("malformed", str(error)) from error
+        raise wrong_parameter(error.parameter, str(error)) from error
 
 
 def _split(names: str) -> list[str]:
@@ -125,7 +135,8 @@ class RoutingView(Endpoint):
         if "application/json" not in request.headers.get("Accept", ""):
             return HttpResponse(block.encode(header, arrays), content_type=BLOCK_TYPE)
         if sum(array.size for array in arrays.values()) > JSON_CELLS:
-            raise Problem("malformed", f"more than {JSON_CELLS} numbers: ask for fewer points, for one layer, or for the binary block")
+            detail = f"points: more than {JSON_CELLS} numbers; ask for fewer points, for one layer, or for the binary block"
+            raise wrong_parameter("points", detail)
         return Response({**header, **{name: array.tolist() for name, array in arrays.items()}})
 
 
@@ -138,6 +149,7 @@ class MetricsView(Endpoint):
     @extend_schema(operation_id="run_metrics", responses=OpenApiTypes.OBJECT)
     def get(self, request: Request, run_id: int) -> Response:
         """The run's metrics: name, newest value, minimum, maximum and how many steps have one."""
+        self.query(Query)
         run = self.run(run_id)
         facts = Facts.of(run)
         at = read.zoom(facts, 0, None, 200)
@@ -168,7 +180,8 @@ class MetricView(Endpoint):
     def _exact(self, facts: Facts, asked: MetricQuery, name: str) -> dict[str, Any]:
         to = facts.last if asked.to is None else min(asked.to, facts.last)
         if to - asked.from_ >= EXACT_STEPS:
-            raise Problem("malformed", f"exact: at most {EXACT_STEPS} steps at once; from {asked.from_} that is to={asked.from_ + EXACT_STEPS - 1}")
+            most = asked.from_ + EXACT_STEPS - 1
+            raise wrong_parameter("to", f"to: exact gives at most {EXACT_STEPS} steps at once; from {asked.from_} that is to={most}")
         found = read.scalars(facts, 1, asked.from_, to)
         column = _numbers(found.mins[:, facts.names.index(name)])
         answer = {"name": name, "level": 1, "from": asked.from_, "to": to, "total": len(found), "sampled": False}
@@ -179,6 +192,7 @@ class ExportView(Endpoint):
     @extend_schema(operation_id="run_export", responses={(200, "application/octet-stream"): OpenApiTypes.BINARY})
     def get(self, request: Request, run_id: int, file: str) -> StreamingHttpResponse:
         """Every value as a file: metrics.parquet, metrics.csv, metrics.jsonl, routing.parquet, routing.npz or log.txt."""
+        self.query(Query)
         run = self.run(run_id)
         if file not in export.FORMATS:
             raise Http404

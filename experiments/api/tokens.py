@@ -14,7 +14,7 @@ from rest_framework.response import Response
 
 from experiments import access
 from experiments.actions.token import issue
-from experiments.api.endpoint import Endpoint, items
+from experiments.api.endpoint import Endpoint, Query, items
 from experiments.api.problems import FieldError, Problem
 from experiments.api.resources import NewTokenResource, TokenResource, token_json
 from experiments.api.shapes import TokenBody
@@ -40,6 +40,7 @@ class Tokens(Endpoint):
     @extend_schema(operation_id="list_tokens", responses=TokenList)
     def get(self, request: Request) -> Response:
         """One's own, revoked ones included; never a secret."""
+        self.query(Query)
         return items([token_json(row) for row in own_tokens(self.principal).order_by("-id")[:1000]])
 
     @extend_schema(operation_id="create_token", request=TokenBody, responses={201: NewTokenResource})

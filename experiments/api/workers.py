@@ -18,7 +18,7 @@ from experiments import access
 from experiments.actions.books import WORKER_SILENT_S
 from experiments.actions.claim import Claim, claim
 from experiments.actions.lease import HEARTBEAT_S, LEASE_S
-from experiments.api.endpoint import Endpoint, items
+from experiments.api.endpoint import Endpoint, Query, items
 from experiments.api.problems import FieldError, Problem
 from experiments.api.shapes import ClaimBody, HelloBody
 from experiments.models import LIVE, Node, Role, Worker
@@ -76,6 +76,7 @@ class Workers(Endpoint):
     @extend_schema(operation_id="list_workers", responses=WorkerList)
     def get(self, request: Request) -> Response:
         """Each with the runs on it that one may see."""
+        self.query(Query)
         visible = access.visible_runs(self.principal).filter(state__in=LIVE)
         parts = Node.objects.filter(run__state__in=LIVE, attempt=F("run__attempt"), rank__gt=0)
         on_worker: dict[int | None, list[int]] = {}

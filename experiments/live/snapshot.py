@@ -77,8 +77,8 @@ def missed(run_id: int, after: int, after_event: int) -> Missed:
         return Missed(facts.last, void_after, last_event, None, True, [write.as_json(event) for event in events])
     if facts.last > after:
         kinds = rollup.kinds(run_id)
-        cells = (facts.last - after) * len(facts.moe_layers) * facts.n_experts * len(kinds)
-        too_many = facts.last - after > FILL_STEPS or cells > FILL_CELLS
+        n_steps = facts.last - after
+        too_many = n_steps > FILL_STEPS or n_steps * read.cells(facts, kinds, 1, after + 1, facts.last) > FILL_CELLS
         if not too_many:
             block = read.steps_block(facts, after + 1, facts.last, kinds=kinds)
     return Missed(facts.last, None, last_event, block, too_many, [write.as_json(event) for event in events])

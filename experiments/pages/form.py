@@ -90,12 +90,13 @@ class Group:
 
 @dataclass(frozen=True)
 class Choice:
-    """One of several parts, told apart by their `kind`."""
+    """One of several parts, told apart by their `kind`. `optional`: it may be null."""
 
     path: str
     title: str
     help: str
     variants: list[tuple[str, Group]]
+    optional: bool = False
     node: ClassVar[str] = "choice"
 
 
@@ -146,7 +147,7 @@ class _Reader:
         inner, nullable = self._without_null(schema)
         help_text = str(schema.get("description", ""))
         if "oneOf" in inner:
-            return Choice(path, title, help_text, self._variants(inner, path))
+            return Choice(path, title, help_text, self._variants(inner, path), nullable)
         if inner.get("type") == "array" and "oneOf" in inner.get("items", {}):
             return Terms(path, title, help_text, self._variants(inner["items"], path))
         if inner.get("type") == "object":

@@ -20,19 +20,28 @@ from spec.events import PARTS
 from spec.experiment import ExperimentSpec
 from spec.yaml_text import dump
 
+PANELS = ("specialisation", "placement", "timeline", "checkpoints", "spec")
+
 
 @page
 def detail(request: HttpRequest, principal: Principal, run_id: int) -> HttpResponse:
     """The page."""
     run = run_of(principal, run_id)
     shown = run_json(run)
+    # A recorded run has no spec: its trainer may tell of experts with its first step.
+    dense = not run.n_experts and bool(run.spec) and run.spec.get("model", {}).get("moe") is None
     context = {
         "run": shown,
-        "page_data": {"run": shown, "log_size": run.log_size, "parts": {"names": PARTS, "every": sample_steps(run.spec)}},
+        "page_data": {
+            "run": shown,
+            "log_size": run.log_size,
+            "parts": {"names": PARTS, "every": sample_steps(run.spec)},
+            "expert_ranks": run.spec.get("parallel", {}).get("expert", 1),
+        },
         "router_notice": router_notice(run.spec),
         "traffic": expected_traffic(run.spec),
-        "expert_ranks": run.spec.get("parallel", {}).get("expert", 1),
-        "dense": run.spec.get("model", {}).get("moe") is None,
+        "dense": dense,
+        "panels": [name for name in PANELS if not (dense and name in ("specialisation", "placement"))],
         "may_edit": roles_include(principal, run.project_id, Role.EDITOR),
         "may_delete": roles_include(principal, run.project_id, Role.ADMIN),
     }

@@ -30,9 +30,9 @@ def expected_traffic(spec: Mapping[str, Any]) -> dict[str, int]:
     }
 
 
-def sample_steps(spec: Mapping[str, Any]) -> int:
-    """Steps between those whose parts are timed; 0 where none is, or nobody knows."""
+def sample_steps(spec: Mapping[str, Any]) -> int | None:
+    """Steps between those whose parts are timed; 0 where none is, None where nobody knows: a recorded run's, or one of an older language."""
     try:
-        return ExperimentSpec.model_validate(spec).telemetry.sample_steps if spec else 0
+        return ExperimentSpec.model_validate(spec).telemetry.sample_steps if spec else None
     except ValidationError:
-        return 0
+        return None

@@ -22,7 +22,11 @@ MAX_SLOTS = 200_000
 
 
 class PlacementError(ValueError):
-    """The question cannot be answered; the message names the parameter."""
+    """The question cannot be answered; `parameter` is the one at fault, and the message names it and the limit."""
+
+    def __init__(self, parameter: str, detail: str) -> None:
+        super().__init__(detail)
+        self.parameter = parameter
 
 
 @dataclass(frozen=True)
@@ -73,24 +77,29 @@ def loads(run: Run, first: int | None, last: int | None) -> Loads | None:
     high = facts.last if last is None else min(last, facts.last)
     low = max(high - WINDOW_STEPS + 1, 1) if first is None else first
     if first is not None and last is not None and first > last:
-        raise PlacementError(f"from {first} is after to {last}")
+        raise PlacementError("from", f"from {first} is after to {last}")
     try:
-        at = read.zoom(facts, low, high, read.MAX_POINTS, 1)
+        at = read.zoom(facts, low, high, read.MAX_POINTS, ["expert_tokens"])
     except read.RangeError as error:
-        raise PlacementError(str(error)) from error
+        raise PlacementError("from", str(error)) from error
     found = read.tensors(facts, "expert_tokens", at.level, at.low, at.high)
     if not len(found) or found.sums.ndim != 3 or not found.sums.any():
         return None
     return Loads(found.sums.sum(axis=0, dtype=np.float64), at.first, at.last, int(found.n.sum()))
 
 
-def usual(run: Run) -> Asked:
-    """What the run itself has: its ranks that share experts (where it has but one, a node's eight, or as many as divide the experts)."""
+def asked(run: Run, n_experts: int, devices: int | None, replicas: int | None, nodes: int | None, groups: int | None) -> Asked:
+    """What is asked for, and, where it is None, what the run itself has: its ranks that share experts (where it has but one, a node's eight, or
+    as many as divide the experts), as few places as hold every expert, its router's groups."""
     spec = run.spec if isinstance(run.spec, Mapping) else {}
-    n_experts = max(run.n_experts, 1)
-    ranks = _number(spec, "parallel", "expert")
-    devices = ranks if ranks > 1 else next(v for v in (8, 4, 2, 1) if n_experts % v == 0)
-    return Asked(devices, -(-n_experts // devices) * devices, 1, max(_number(spec, "model", "moe", "router", "n_groups"), 1))
+    if devices is None:
+        ranks = _number(spec, "parallel", "expert")
+        devices = ranks if ranks > 1 else next(v for v in (8, 4, 2, 1) if n_experts % v == 0)
+    if replicas is None:
+        replicas = -(-n_experts // devices) * devices
+    if groups is None:
+        groups = max(_number(spec, "model", "moe", "router", "n_groups"), 1)
+    return Asked(devices, replicas, 1 if nodes is None else nodes, groups)
 
 
 def _number(spec: Any, *path: str) -> int:
@@ -99,15 +108,16 @@ def _number(spec: Any, *path: str) -> int:
     return spec if isinstance(spec, int) and spec > 0 else 0
 
 
-def placed(measured: Loads, asked: Asked) -> Placed:
+def placed(measured: Loads, wanted: Asked) -> Placed:
     """The placement for these loads. Raises PlacementError."""
     layers, n_experts = measured.tokens.shape
-    if layers * asked.replicas > MAX_SLOTS:
-        raise PlacementError(f"replicas {asked.replicas} in {layers} layers are {layers * asked.replicas} slots; the limit is {MAX_SLOTS}")
-    if wrong := placement.problem(n_experts, asked.replicas, asked.groups, asked.nodes, asked.devices):
-        raise PlacementError(wrong)
-    made = placement.place(measured.tokens, asked.replicas, asked.groups, asked.nodes, asked.devices)
+    if layers * wanted.replicas > MAX_SLOTS:
+        detail = f"replicas {wanted.replicas} in {layers} layers are {layers * wanted.replicas} slots; the limit is {MAX_SLOTS}"
+        raise PlacementError("replicas", detail)
+    if wrong := placement.problem(n_experts, wanted.replicas, wanted.groups, wanted.nodes, wanted.devices):
+        raise PlacementError(wrong.split()[0], wrong)
+    made = placement.place(measured.tokens, wanted.replicas, wanted.groups, wanted.nodes, wanted.devices)
     before = None
-    if n_experts % asked.devices == 0:
-        before = placement.plain(layers, n_experts, asked.devices).device_load(measured.tokens)
-    return Placed(measured, asked, made, made.device_load(measured.tokens), before)
+    if n_experts % wanted.devices == 0:
+        before = placement.plain(layers, n_experts, wanted.devices).device_load(measured.tokens)
+    return Placed(measured, wanted, made, made.device_load(measured.tokens), before)

@@ -6,6 +6,7 @@ Ranges are in steps, both ends included. At a level above 1 the ends reach out t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,11 +24,15 @@ from spec.events import TENSORS
 Array = NDArray[Any]
 MAX_POINTS = 2000
 MAX_CELLS = 4_200_000
-"""Numbers unpacked for one answer: 2,000 rows of two tensors of 16 x 64."""
+"""Numbers of all tensors in one answer, by their real sizes: 2,000 rows of two of 16 x 64. A single row may have more."""
 
 
 class RangeError(ValueError):
-    """The range cannot be answered."""
+    """The range cannot be answered; `parameter` would have to change, and the message begins with it."""
+
+    def __init__(self, parameter: str, detail: str) -> None:
+        super().__init__(f"{parameter}: {detail}")
+        self.parameter = parameter
 
 
 @dataclass(frozen=True)
@@ -62,21 +67,51 @@ class Zoom:
     last: int
 
 
-def zoom(facts: Facts, low: int, high: int | None, points: int, n_tensors: int = 0) -> Zoom:
-    """The finest level at which the steps low … high make at most `points` rows. Raises RangeError where no level does."""
+def zoom(facts: Facts, low: int, high: int | None, points: int, kinds: Sequence[str] = (), layer: int | None = None) -> Zoom:
+    """The finest level at which the steps low … high make at most `points` rows, and `kinds` in them MAX_CELLS numbers.
+
+    `layer` as in `tensors`. Raises RangeError where no level does.
+    """
     high = facts.last if high is None else min(high, facts.last)
     low = max(low, 0)
     if high < low:
         return Zoom(1, low, high, low, high)
-    cells = n_tensors * len(facts.moe_layers) * facts.n_experts
-    allowed = max(1, min(points, MAX_POINTS, MAX_CELLS // cells if cells else MAX_POINTS))
-    if high - max(low, 1) < allowed:
+    points = min(points, MAX_POINTS)
+    n_rows = high - max(low, 1) + 1
+    if n_rows <= points and fits(facts, n_rows, kinds, 1, low, high, layer):
         return Zoom(1, low, high, low, high)
     for level in LEVELS:
         first, last = int(bucket_of(low, level)), int(bucket_of(high, level))
-        if last - first < allowed or (level == LEVELS[-1] and last - first < MAX_POINTS):
+        n_rows = last - first + 1
+        if n_rows <= (MAX_POINTS if level == LEVELS[-1] else points) and fits(facts, n_rows, kinds, level, first, last, layer):
             return Zoom(level, first, last, rows.first_step(first, level), min((last + 1) * level, facts.last))
-    raise RangeError(f"steps {low} to {high} make more than {MAX_POINTS} rows at the coarsest level; ask for at most {MAX_POINTS * LEVELS[-1]} steps")
+    if n_rows > MAX_POINTS:
+        limit = MAX_POINTS * LEVELS[-1]
+        raise RangeError("to", f"steps {low} to {high} make more than {MAX_POINTS} rows at the coarsest level; ask for at most {limit} steps")
+    raise RangeError("tensors", f"steps {low} to {high} make more than {MAX_CELLS} numbers at the coarsest level; ask for fewer, or for one layer")
+
+
+def fits(facts: Facts, n_rows: int, kinds: Sequence[str], level: int, low: int, high: int, layer: int | None = None) -> bool:
+    """Whether `n_rows` rows of `kinds`, as they are stored under the keys low … high, are at most MAX_CELLS numbers, or a single row."""
+    return n_rows == 1 or not kinds or n_rows * cells(facts, kinds, level, low, high, layer) <= MAX_CELLS
+
+
+def cells(facts: Facts, kinds: Sequence[str], level: int, low: int, high: int, layer: int | None = None) -> int:
+    """Numbers that an answer's row has, of all `kinds` together: each is as large as its largest under the keys low … high."""
+    sizes: dict[str, tuple[int, ...]] = {}
+    for kind, shape in _shapes(facts, kinds, level, low, high):
+        kept = (1, *shape[1:]) if layer is not None and TENSORS[kind].axes[0] == "layer" else shape
+        sizes[kind] = tuple(map(max, sizes.get(kind, kept), kept))
+    return sum(map(math.prod, sizes.values()))
+
+
+def _shapes(facts: Facts, kinds: Sequence[str], level: int, low: int, high: int) -> set[tuple[str, tuple[int, ...]]]:
+    """The shapes that `tensors` meets there, and of which kinds."""
+    found = rows.shapes(facts.run_id, kinds, level, low, high)
+    unfinished = None if level == 1 else _open_bucket(facts, level)
+    if unfinished is not None and low <= unfinished <= high:
+        found |= _shapes(facts, kinds, FINER[level], *_keys_below(facts, level, unfinished))
+    return found
 
 
 def _open_bucket(facts: Facts, level: int) -> int | None:
@@ -147,7 +182,7 @@ def steps_arrays(
     facts = run if isinstance(run, Facts) else Facts.of(run)
     place = {name: i for i, name in enumerate(facts.names)}
     columns = [place[name] for name in (facts.names if names is None else names)]
-    at = zoom(facts, low, high, points, len(kinds))
+    at = zoom(facts, low, high, points, kinds, layer)
     found = scalars(facts, at.level, at.low, at.high)
     arrays: dict[str, Array] = {"step": found.last.astype(np.uint32), "n": found.n.astype(np.uint32)}
     if at.level == 1:

@@ -206,6 +206,17 @@ def tensors(
     return _unpack(query(sql, parameters), layer)
 
 
+def shapes(run_id: int, kinds: Sequence[str], level: int, low: int, high: int) -> set[tuple[str, tuple[int, ...]]]:
+    """Kind and shape of the run's tensors of these `kinds` whose key (step or bucket) is in low … high at `level`."""
+    names = {TENSORS[kind].code: kind for kind in kinds}
+    if not names:
+        return set()
+    table, key, at = ("steptensor", "step", "") if level == 1 else ("tensorrollup", "bucket", f" AND level = {level:d}")
+    sql = f"SELECT DISTINCT kind, shape FROM experiments_{table} WHERE run_id = %s AND kind = ANY(%s) AND {key} BETWEEN %s AND %s{at}"  # noqa: S608
+    parameters = [run_id, list(names), low, high]
+    return {(names[row[0]], tuple(row[1])) for row in query(sql, parameters)}
+
+
 def _unpack(found: Sequence[tuple[Any, ...]], layer: int | None) -> Tensors:
     out, start = NO_TENSORS, 0
     while start < len(found):

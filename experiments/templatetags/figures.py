@@ -83,12 +83,6 @@ def words(value: Any) -> str:
 
 
 @register.filter
-def words_list(value: str) -> list[str]:
-    """The words of a text, to go through."""
-    return value.split()
-
-
-@register.filter
 def get(mapping: Any, key: str) -> Any:
     """`mapping[key]`, or nothing."""
     return mapping.get(key) if hasattr(mapping, "get") else None

@@ -3,6 +3,7 @@ import { Samples } from "../src/data/samples";
 import type { Snapshot } from "../src/data/snapshot";
 import type { Steps } from "../src/data/steps";
 import { partRows, partsOf, phasesOf } from "../src/view/parts";
+import { note } from "../src/view/ranks";
 import { layersOf, layerTable, said, together, trafficOf } from "../src/view/traffic";
 
 const PRICE = { rowBytes: 1000, stepBytes: 4000 };
@@ -51,6 +52,37 @@ test("layers are told apart and together; a run that told only their sum still s
   const older = snapshot(2, { rank_tokens: Uint32Array.from([6, 3, 2, 15]) });
   expect(layersOf(older)).toEqual([]);
   expect(together(older, [])?.crossing).toBe(5);
+});
+
+test("ranks that an attempt did not have are not shown as idle", () => {
+  const filled = Uint32Array.from([5, 3, 0, 2, 6, 0, 0, 0, 0]);
+  expect(trafficOf(filled)?.rows).toEqual([[5, 3], [2, 6]]);
+  expect(trafficOf(Uint32Array.from([5, 0, 0, 0]))).toBeNull();
+  const row = snapshot(2, { rank_traffic: Uint32Array.from([...filled, 1, 0, 0, 0, 0, 0, 0, 0, 0]) });
+  expect(layersOf(row).map(({ rows }) => rows)).toEqual([[[5, 3], [2, 6]], [[1, 0], [0, 0]]]);
+  expect(together(row, layersOf(row))?.rows).toEqual([[6, 3], [2, 6]]);
+  expect(phasesOf(snapshot(1, { phase_ms: Float32Array.from([1, 2, 0, 0]) }), ["forward", "backward"])).toHaveLength(1);
+  const sample = { step: 1, ranks: 2, partMs: Float32Array.from([1, 2, 0, 0]), sentBytes: null };
+  expect(partsOf(sample, ["router"])).toEqual([[{ part: "router", forward: 1, backward: 2 }]]);
+});
+
+test("why no times, or no finer ones, are shown: the field that would change it is named", () => {
+  expect(note(null, 10, 0)).toBe("The parts of a step appear with the first step.");
+  expect(note(null, 0, 5)).toMatch(/^Nothing is timed in this run: telemetry.phases_every is 0\./);
+  expect(note(null, 10, 5)).toBe("Nothing was timed at this step: parts are, every 10 steps (telemetry.phases_every), except where the model is compiled.");
+  expect(note(null, null, 5)).toBe("This run's trainer does not tell where its time goes.");
+  expect(note({ sampled: false, ranks: 1 }, 0, 5)).toMatch(/^Finer parts are not timed in this run: telemetry.phases_every is 0\./);
+  expect(note({ sampled: false, ranks: 1 }, 10, 5)).toMatch(/^Finer parts are timed every 10 steps/);
+  expect(note({ sampled: false, ranks: 1 }, null, 5)).toBe("");
+  expect([note({ sampled: true, ranks: 1 }, 10, 5), note({ sampled: true, ranks: 2 }, 10, 5) === ""]).toEqual(["", false]);
+});
+
+test("bytes that were not measured are not zero", () => {
+  const block = rows([5], [1]);
+  block.tensors.sent_bytes_n = { shape: [1], data: Uint32Array.from([0]) };
+  const samples = new Samples(5);
+  samples.take(block);
+  expect([samples.at(5)?.ranks, samples.at(5)?.sentBytes]).toEqual([1, null]);
 });
 
 test("phases are cut by rank", () => {

@@ -1,9 +1,12 @@
 import { expect, test } from "vitest";
 import { deadCount, fairRatios, maxVio } from "../src/data/fair";
 import { LayerHistory, binRatios } from "../src/data/layer";
-import { Snapshots, snapshotsOf } from "../src/data/snapshot";
-import { decodeSteps } from "../src/data/steps";
+import { Snapshots, chunkSteps, snapshotsOf } from "../src/data/snapshot";
+import { decodeSteps, type Steps } from "../src/data/steps";
+import { RunStore } from "../src/data/store";
+import type { Run } from "../src/data/types";
 import { DEAD, NONE, REACH, SIZE, indexOf, lut } from "../src/view/colour";
+import { layerRows, readCell, whyNoCounts } from "../src/view/reading";
 import { fixture, rows } from "./blocks";
 
 test("ratios to the fair share: 1 is even, a layer without tokens is unknown", () => {
@@ -48,7 +51,61 @@ test("the row at a step is the last one up to it, in the chunk that covers it", 
   expect(snapshots.at(3)?.step).toBe(10);
   expect(snapshots.at(31)).toBeUndefined();
   snapshots.append(snapshotsOf(rows([31, 32], [0, 0], { tokens: [[4], [5]] })));
-  expect(snapshots.at(32)?.tensors.expert_tokens[0]).toBe(5);
+  expect(snapshots.at(32)?.tensors.expert_tokens?.[0]).toBe(5);
+});
+
+test("what was not told at a step is not there, and is no zero", () => {
+  const block = rows([1, 2, 3], [0, 0, 0], { tokens: [[4, 4], [0, 0], [0, 8]] });
+  block.tensors.expert_tokens_n = { shape: [3], data: Uint32Array.from([1, 0, 1]) };
+  block.tensors.dropped = { shape: [3, 1, 2], data: Uint32Array.from([0, 1, 0, 0, 0, 0]) };
+  block.tensors.dropped_n = { shape: [3], data: Uint32Array.from([1, 0, 0]) };
+  const [first, second, third] = snapshotsOf(block);
+  expect(Object.keys(first.tensors)).toEqual(["expert_tokens", "dropped"]);
+  expect(second).toEqual({ step: 2, layers: 1, experts: 2, tensors: {} });
+  expect([...third.tensors.expert_tokens!]).toEqual([0, 8]);
+  expect(third.tensors.dropped).toBeUndefined();
+
+  const store = new RunStore({ id: 1, attempt: 1, metric_names: [], moe_layers: [5], experts: 2 } as unknown as Run);
+  store.applySteps(block);
+  expect(whyNoCounts(store)).toBeUndefined();
+  expect(layerRows(store).rows.map((row) => row[5])).toEqual(["–", "–"]);
+  expect(readCell(store, { layer: 0, expert: 1, step: 3 }, undefined)).toBe("step 3 · layer 5 · expert 1 · 8 tokens · 100.0 % of the tokens · 2 × fair share");
+  store.setStep(2);
+  expect(whyNoCounts(store)).toBe("The trainer did not tell the experts' loads at step 2.");
+  expect(layerRows(store).rows).toEqual([]);
+  expect(readCell(store, { layer: 0, expert: 1, step: 2 }, undefined)).toBe("step 2 · layer 5 · expert 1 · tokens not told");
+});
+
+test("a view says why its own fetch failed, and the others do not", () => {
+  const store = new RunStore({ id: 1, attempt: 1, metric_names: [], moe_layers: [0], experts: 2 } as unknown as Run);
+  const heard: string[] = [];
+  store.on("failure", () => heard.push([...store.failures.keys()].join()));
+  store.fail("sample", "Could not be loaded.");
+  expect(whyNoCounts(store)).toBeUndefined();
+  store.fail("snapshot", "Could not be loaded.");
+  expect(whyNoCounts(store)).toBe("Could not be loaded.");
+  store.fail("snapshot", "Could not be loaded.");
+  store.fail("snapshot");
+  expect(heard).toEqual(["sample", "sample,snapshot", "sample"]);
+});
+
+test("as many steps are fetched as the numbers allow: ranks count where they share experts, and nowhere else", () => {
+  expect(chunkSteps(16, 64, 1)).toBe(195);
+  expect(chunkSteps(16, 64, 8)).toBe(97); // 16 x (64 + 8 x 8)
+  expect(chunkSteps(0, 0, 1)).toBe(200);
+  expect(chunkSteps(1000, 1000, 1)).toBe(1);
+});
+
+test("steps of a dense model are kept too, and long ones are let go", () => {
+  const dense = (steps: number[]): Steps => {
+    const block = { ...rows(steps, steps.map(() => 0)), moe_layers: [], n_experts: 0 };
+    block.tensors.phase_ms = { shape: [steps.length, 1, 2], data: Float32Array.from(steps.flatMap((step) => [step, 2])) };
+    return block;
+  };
+  const snapshots = new Snapshots(100_000);
+  for (let start = 1; start < 4000; start += 100) snapshots.append(snapshotsOf(dense(Array.from({ length: 100 }, (_, i) => start + i))));
+  expect([...snapshots.at(4000)!.tensors.phase_ms!]).toEqual([4000, 2]);
+  expect(snapshots.at(1)).toBeUndefined();
 });
 
 test("lets old rows go when there are too many cells", () => {

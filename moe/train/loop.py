@@ -104,7 +104,8 @@ class Training:
         self._chronicle.step(lesson)
         if not (math.isfinite(figures.loss) and math.isfinite(figures.grad_norm)):
             what = f"loss is {figures.loss}" if not math.isfinite(figures.loss) else f"gradient norm is {figures.grad_norm}"
-            raise NotFinite(f"step {lesson.step}: the {what}; the last checkpoint is of step {self._saved_step or 'none'}")
+            saved = f"the last checkpoint is of step {self._saved_step}" if self._saved_step else "there is no checkpoint yet"
+            raise NotFinite(f"step {lesson.step}: the {what}; {saved}")
         self._chronicle.look_for_spike(lesson)
 
     def _stop(self) -> None:

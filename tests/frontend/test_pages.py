@@ -177,6 +177,23 @@ def test_a_run_leads_to_its_successors(db: None) -> None:
     assert editor.get(f"/runs/new?from={runs[0].pk}").status_code == 200
 
 
+def test_a_dense_run_has_no_views_of_experts_and_a_recorded_run_may_yet_tell_of_some(db: None) -> None:
+    dense = {**people.TINY, "model": {**people.TINY["model"], "d_ff": 32, "moe": None}}
+    runs = [
+        submit(user=people.ada(), project=Project.default(), spec=ExperimentSpec.model_validate(plain), tags=[]) for plain in (people.TINY, dense)
+    ]
+    recorded = Run.objects.create(project=Project.default(), owner=people.ada(), name="recorded", recorded=True, attempt=0)
+    editor = signed_in("ada", Role.EDITOR)
+    for run, experts in ((runs[0], True), (runs[1], False), (recorded, True)):
+        shown = editor.get(f"/runs/{run.pk}").content.decode()
+        for part in ('id="tab-placement"', 'id="panel-specialisation"', 'data-stat="max_vio"', 'data-stat="dead_experts"'):
+            assert (part in shown) == experts, (run.name, part)
+        assert 'id="panel-timeline"' in shown and 'data-stat="grad_norm"' in shown
+    for ours in ('data-action="pause"', 'data-action="restart"', 'data-action="clone"', f"?from={recorded.pk}", f"/runs/{recorded.pk}/generate"):
+        assert ours not in shown, "an outside trainer makes it: what only ours can do is not offered"
+    assert 'data-action="cancel"' in shown and 'id="edit-open"' in shown
+
+
 def test_a_run_on_several_hosts_names_them_and_each_host_the_run() -> None:
     run = submit(
         user=people.ada(), project=Project.default(), spec=ExperimentSpec.model_validate({**people.TINY, "parallel": {"data": 2, "nodes": 2}})

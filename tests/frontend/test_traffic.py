@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from experiments.pages.traffic import expected_traffic
+from experiments.pages.traffic import expected_traffic, sample_steps
 from spec.experiment import ExperimentSpec
 
 
@@ -16,3 +16,8 @@ def test_a_row_goes_out_and_back_forward_and_backward() -> None:
 
 def test_nothing_is_expected_where_experts_are_not_shared_out_or_nobody_knows() -> None:
     assert expected_traffic({}) == expected_traffic({"model": {"moe": None}}) == expected_traffic({"x": 1}) == {"row_bytes": 0, "step_bytes": 0}
+
+
+def test_never_sampled_is_not_the_same_as_nobody_knows() -> None:
+    assert [sample_steps({"telemetry": {"phases_every": 7, "every": 5}}), sample_steps({"telemetry": {"phases_every": 0}})] == [10, 0]
+    assert sample_steps({}) is sample_steps({"a field of another version": 1}) is None

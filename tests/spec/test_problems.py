@@ -57,7 +57,10 @@ def found(plain: Any) -> list[tuple[str, str]]:
         ({"a/b~c": 1}, "/a~1b~0c", "a/b~c: is not a field of the spec"),
         ({"optimizer": {"lr": float("inf")}}, "/optimizer/lr", "lr: should be a finite number, not Infinity"),
         ({"name": "a\0b"}, "/name", "name: contains the character U+0000, which cannot be stored"),
-        ({"name": "x" * 201}, "/name", "name: String should have at most 200 characters"),
+        ({"name": "x" * 201}, "/name", f'name: should have at most 200 characters, not "{"x" * 56}...'),
+        ({"seed": "abc"}, "/seed", 'seed: should be a valid integer, not "abc"'),
+        ({"seed": 1.5}, "/seed", "seed: should be a valid integer, not 1.5"),
+        ({"optimizer": {"lr": "fast"}}, "/optimizer/lr", 'lr: should be a valid number, not "fast"'),
         ([], "", "should be a mapping of fields, not []"),
     ],
 )

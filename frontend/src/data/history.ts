@@ -52,7 +52,7 @@ export class History {
     const range = store.range ?? { from: 1, to };
     const plan = planFetch(range.from, Math.min(range.to, to), LAYER_PIECES);
     const history = new LayerHistory(store.layer, experts, plan.level, range.from - 1);
-    const query = `scalars=&tensors=expert_tokens&layer=${layers[store.layer]}`;
+    const query = `scalars=&tensors=expert_tokens&layer=${store.layer}`;
     for (const piece of plan.pieces) history.apply(await this.steps(piece.from, piece.to, query, signal));
     // Live rows go by while this is fetched: take what it missed before it hears them itself.
     for (let turn = 0; !store.range && turn < MAX_TURNS && store.lastStep > history.lastStep; turn++) {
@@ -73,7 +73,7 @@ export class History {
     const plan = planFetch(1, to, LAYER_PIECES);
     const series = new Series(plan.level);
     const take = async (from: number, to: number) => {
-      const rows = termRows(await this.steps(from, to, `scalars=&tensors=balance_loss&layer=${layers[layer]}`, signal), layer, terms);
+      const rows = termRows(await this.steps(from, to, `scalars=&tensors=balance_loss&layer=${layer}`, signal), layer, terms);
       if (rows) series.apply(rows);
     };
     for (const piece of plan.pieces) await take(piece.from, piece.to);
@@ -86,9 +86,9 @@ export class History {
   async snapshot(): Promise<void> {
     const { store } = this;
     const { experts, moe_layers: layers } = store.run;
-    if (!layers.length || !store.step || store.snapshots.at(store.step)) return;
+    if (!store.step || store.snapshots.at(store.step)) return;
     const signal = this.fresh("snapshot");
-    const span = chunkSteps(layers.length, experts + store.run.device_names.length ** 2);
+    const span = chunkSteps(layers.length, experts, store.expertRanks);
     const from = Math.max(store.step - Math.ceil(span / 2), 1);
     const to = Math.max(Math.min(from + span, store.lastStep), store.step);
     const rows = await this.steps(from, to, "scalars=&tensors=expert_tokens,router_prob,dropped,expert_bias,balance_loss,router_entropy,phase_ms,rank_tokens,rank_traffic", signal);

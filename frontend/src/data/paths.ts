@@ -26,6 +26,19 @@ export function setPath(root: PlainObject, path: string, value: Plain): void {
   here[keys[keys.length - 1]] = value;
 }
 
+/** `value` with the keys of its objects, and the kinds of its lists, in the order in which `like` has them; others keep theirs, behind. */
+export function inOrderOf(value: Plain, like: Plain | undefined): Plain {
+  if (Array.isArray(value) && Array.isArray(like)) {
+    const place = (one: Plain) => (like.findIndex((other) => isObject(one) && isObject(other) && other.kind === one.kind) + 1 || Infinity);
+    const first = value.filter((one) => place(one) < Infinity).sort((a, b) => place(a) - place(b));
+    return [...first, ...value.filter((one) => !first.includes(one))];
+  }
+  if (!isObject(value)) return value;
+  const known = isObject(like) ? Object.keys(like).filter((key) => key in value) : [];
+  const keys = [...known, ...Object.keys(value).filter((key) => !known.includes(key))];
+  return Object.fromEntries(keys.map((key) => [key, inOrderOf(value[key], isObject(like) ? like[key] : undefined)]));
+}
+
 /** "/spec/model/moe/top_k" → "model.moe.top_k"; what does not lie in the spec is left as it is. */
 export function pathOf(pointer: string): string {
   const keys = pointer.split("/").slice(1).map((key) => key.replaceAll("~1", "/").replaceAll("~0", "~"));

@@ -15,8 +15,8 @@ const MAX_SAMPLES = 500;
 export class Samples {
   private readonly held = new Map<number, Sample | null>();
 
-  /** `every`: steps between samples; 0 where nobody knows. */
-  constructor(readonly every: number) {}
+  /** `every`: steps between samples; 0 for never, null where nobody knows. */
+  constructor(readonly every: number | null) {}
 
   /** The step to fetch a sample of, to have one for `step`; 0 where there is none or it is here. */
   missing(step: number): number {
@@ -38,10 +38,10 @@ export class Samples {
     if (rows.level !== 1 || !parts) return;
     const [, ranks, names, passes] = parts.shape;
     const size = ranks * names * passes;
-    const { part_ms_n: had, sent_bytes: sent } = rows.tensors;
+    const { part_ms_n: had, sent_bytes: sent, sent_bytes_n: counted } = rows.tensors;
     for (let i = 0; i < rows.count; i++) {
       if (had && !had.data[i]) continue;
-      const sentBytes = sent ? sent.data.slice(i * ranks, (i + 1) * ranks) : null;
+      const sentBytes = sent && (!counted || counted.data[i]) ? sent.data.slice(i * ranks, (i + 1) * ranks) : null;
       this.held.set(rows.step[i], { step: rows.step[i], ranks, partMs: parts.data.slice(i * size, (i + 1) * size), sentBytes });
     }
     for (const step of this.held.keys()) if (this.held.size > MAX_SAMPLES) this.held.delete(step);

@@ -2,35 +2,41 @@
 import type { Numbers } from "./block";
 import type { Steps } from "./steps";
 
-/** The router's tensors at one step; each is [layer, expert] except where its name says otherwise. */
+/** What was told at one step; tensors are [layer, expert] except where their name says otherwise. One that was not told is not there. */
 export interface Snapshot {
   step: number;
   layers: number;
   experts: number;
-  tensors: Record<string, Numbers>;
+  tensors: Record<string, Numbers | undefined>;
 }
 
 interface Chunk {
   from: number;
   to: number;
   rows: Snapshot[];
+  cells: number;
 }
 
 const MAX_CELLS = 6_000_000;
+/** What a row costs beside its numbers, in numbers. */
+const ROW_CELLS = 32;
 
 export function snapshotsOf(rows: Steps): Snapshot[] {
-  const counts = rows.tensors.expert_tokens;
-  if (!counts) return [];
-  const [, layers, experts] = counts.shape;
+  const [, layers, experts] = rows.tensors.expert_tokens?.shape ?? [0, rows.moe_layers.length, rows.n_experts];
+  const told = Object.entries(rows.tensors).filter(([name]) => !name.endsWith("_n"));
   return Array.from({ length: rows.count }, (_, i) => {
-    const tensors: Record<string, Numbers> = {};
-    for (const [name, { shape, data }] of Object.entries(rows.tensors)) {
+    const tensors: Snapshot["tensors"] = {};
+    for (const [name, { shape, data }] of told) {
+      const had = rows.tensors[`${name}_n`];
+      if (had && !had.data[i]) continue;
       const size = shape.slice(1).reduce((product, n) => product * n, 1);
       tensors[name] = data.subarray(i * size, (i + 1) * size);
     }
     return { step: rows.step[i], layers, experts, tensors };
   });
 }
+
+const cellsOf = (rows: Snapshot[]): number => rows.reduce((sum, { tensors }) => Object.values(tensors).reduce((all, values) => all + values!.length, sum), ROW_CELLS * rows.length);
 
 export class Snapshots {
   private chunks: Chunk[] = [];
@@ -40,29 +46,45 @@ export class Snapshots {
 
   /** Rows that were fetched for the steps `from` … `to`. */
   add(from: number, to: number, rows: Snapshot[]): void {
-    this.chunks.push({ from, to, rows });
+    this.chunks.push({ from, to, rows, cells: cellsOf(rows) });
     this.trim();
   }
 
-  /** Rows that have just arrived, in order. */
-  append(rows: Snapshot[]): void {
+  /** Rows that have just arrived, in order: all that there are from the step `from` on. */
+  append(rows: Snapshot[], from = rows[0]?.step): void {
     if (!rows.length) return;
-    this.tail ??= { from: rows[0].step, to: 0, rows: [] };
+    this.tail ??= { from, to: 0, rows: [], cells: 0 };
     for (const row of rows) {
       if (row.step <= this.tail.to) continue;
       this.tail.rows.push(row);
       this.tail.to = row.step;
+      this.tail.cells += cellsOf([row]);
     }
     this.trim();
   }
 
   /** The row of the last reported step up to `step` (or the first after it), if the steps around it are here. */
   at(step: number): Snapshot | undefined {
-    const chunk = [this.tail, ...this.chunks].find((held) => held && held.from <= step && step <= held.to);
+    const chunk = this.covering(step);
     if (!chunk) return undefined;
     let found = chunk.rows[0];
     for (const row of chunk.rows) if (row.step <= step) found = row;
     return found;
+  }
+
+  /** The last `n` rows up to `step`, or fewer: those that are here without a gap. */
+  upTo(step: number, n: number): Snapshot[] {
+    const found: Snapshot[] = [];
+    let to = step;
+    for (let chunk = this.covering(to); chunk && found.length < n; chunk = this.covering(to)) {
+      found.unshift(...chunk.rows.filter((row) => row.step <= to).slice(-n));
+      to = chunk.from - 1;
+    }
+    return found.slice(-n);
+  }
+
+  private covering(step: number): Chunk | undefined {
+    return [this.tail, ...this.chunks].find((held) => held && held.from <= step && step <= held.to) ?? undefined;
   }
 
   clear(): void {
@@ -71,16 +93,19 @@ export class Snapshots {
   }
 
   private trim(): void {
-    const cells = (chunk: Chunk | null) => (chunk?.rows.length ?? 0) * (chunk?.rows[0] ? chunk.rows[0].layers * chunk.rows[0].experts : 0);
     const tail = this.tail;
-    if (tail && cells(tail) > this.maxCells / 2) {
+    if (tail && tail.rows.length > 1 && tail.cells > this.maxCells / 2) {
       tail.rows = tail.rows.slice(Math.ceil(tail.rows.length / 4));
       tail.from = tail.rows[0].step;
+      tail.cells = cellsOf(tail.rows);
     }
-    let sum = cells(tail) + this.chunks.reduce((total, chunk) => total + cells(chunk), 0);
-    while (sum > this.maxCells && this.chunks.length > 1) sum -= cells(this.chunks.shift()!);
+    let sum = (tail?.cells ?? 0) + this.chunks.reduce((total, chunk) => total + chunk.cells, 0);
+    while (sum > this.maxCells && this.chunks.length > 1) sum -= this.chunks.shift()!.cells;
   }
 }
 
-/** How many steps to fetch around the cursor: few for large layers, many for small ones. */
-export const chunkSteps = (layers: number, experts: number): number => Math.min(Math.max(Math.floor(200_000 / Math.max(layers * experts, 1)), 1), 200);
+/** How many steps to fetch around the cursor: few for large layers, many for small ones. `ranks` share the experts, and one alone sends nothing. */
+export function chunkSteps(layers: number, experts: number, ranks: number): number {
+  const cells = layers * (experts + (ranks > 1 ? ranks ** 2 : 0));
+  return Math.min(Math.max(Math.floor(200_000 / Math.max(cells, 1)), 1), 200);
+}

@@ -7,7 +7,10 @@ import type { Steps } from "./steps";
 import { termRows } from "./terms";
 import type { LiveMessage, Run, RunEvent } from "./types";
 
-export type Topic = "run" | "steps" | "cursor" | "range" | "layer" | "expert" | "snapshot" | "events" | "log" | "reload";
+export type Topic = "run" | "steps" | "cursor" | "range" | "layer" | "expert" | "snapshot" | "events" | "log" | "reload" | "failure";
+
+/** What is fetched apart: where one fails, the others stand. */
+export type Fetched = "whole" | "zoom" | "layer" | "terms" | "snapshot" | "sample" | "events";
 
 export interface Range {
   from: number;
@@ -41,9 +44,14 @@ export class RunStore {
   /** The parts that sampled steps were told into, `sampleEvery` steps apart. */
   readonly samples: Samples;
 
+  /** Why the newest try to fetch something failed. */
+  readonly failures = new Map<Fetched, string>();
+
+  /** `expertRanks`: how many ranks share the experts. */
   constructor(
     public run: Run,
-    sampleEvery = 0,
+    sampleEvery: number | null = null,
+    readonly expertRanks = 1,
   ) {
     this.samples = new Samples(sampleEvery);
   }
@@ -100,7 +108,7 @@ export class RunStore {
       this.layerWhole?.apply(rows);
       const terms = this.terms && termRows(rows, this.layer, this.run.balance_terms ?? []);
       if (terms) this.terms!.apply(terms);
-      if (rows.level === 1) this.snapshots.append(snapshotsOf(rows));
+      if (rows.level === 1) this.snapshots.append(snapshotsOf(rows), rows.from);
       this.samples.take(rows);
     }
     this.limit();
@@ -118,6 +126,14 @@ export class RunStore {
     if (this.events.length === before) return;
     this.events.sort((a, b) => a.id - b.id);
     this.emit("events");
+  }
+
+  /** Says that fetching `what` has failed, and why; undefined: it has not. */
+  fail(what: Fetched, why?: string): void {
+    if (this.failures.get(what) === why) return;
+    if (why === undefined) this.failures.delete(what);
+    else this.failures.set(what, why);
+    this.emit("failure");
   }
 
   setStep(step: number, follow = false): void {

@@ -1,13 +1,13 @@
 /** The page of a new run: form and YAML say the same, the accountant prices it, errors stand at their fields. */
 import { parseDocument, stringify } from "yaml";
 import { ApiError, change, getJson } from "../data/api";
-import { getPath, isObject, type Plain, type PlainObject } from "../data/paths";
+import { getPath, inOrderOf, isObject, type Plain, type PlainObject } from "../data/paths";
 import type { Run } from "../data/types";
 import { byId, pageData } from "../view/dom";
 import { debounced } from "../view/frame";
 import { initBaseline, showBaseline } from "../view/baseline";
 import { initConfigImport } from "../view/config-import";
-import { clearErrors, showErrors } from "../view/spec-errors";
+import { clearErrors, focusFirst, initProblems, showErrors } from "../view/spec-errors";
 import { readForm, showParts, writeForm } from "../view/spec-form";
 import { compareWith, showPrice, type Compared, type Price } from "../view/price";
 import { tellError } from "../view/toast";
@@ -106,7 +106,7 @@ async function submit(): Promise<void> {
     launch.removeAttribute("aria-busy");
     if (!(error instanceof ApiError) || error.problem.status !== 422) return tellError(error);
     showErrors(form, spec, error.problem, jump);
-    form.querySelector<HTMLElement>("[aria-invalid]")?.focus();
+    focusFirst(form);
   }
 }
 
@@ -122,7 +122,7 @@ function submitClone(parent: number, body: PlainObject): Promise<Run> {
 form.addEventListener("input", (event) => {
   if ((event.target as Element).closest(".preset-row, .config-import")) return;
   showParts(form);
-  setSpec(readForm(form), "form");
+  setSpec(inOrderOf(readForm(form), spec) as PlainObject, "form");
 });
 form.addEventListener("submit", (event) => {
   event.preventDefault();
@@ -130,6 +130,7 @@ form.addEventListener("submit", (event) => {
 });
 yaml.addEventListener("input", debounced(250, readYaml));
 byId<HTMLSelectElement>("preset").addEventListener("change", (event) => void usePreset((event.target as HTMLSelectElement).value).catch(tellError));
+initProblems(form);
 initConfigImport((imported) => setSpec(imported, "both"));
 initBaseline(() => spec, (dense, compared) => {
   compareWith(compared);

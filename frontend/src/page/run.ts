@@ -3,17 +3,18 @@ import "uplot/dist/uPlot.min.css";
 import { History } from "../data/history";
 import { LiveSocket, type Status } from "../data/socket";
 import { decodeSteps } from "../data/steps";
-import { RunStore } from "../data/store";
+import { RunStore, type Fetched } from "../data/store";
 import type { LiveMessage, Run } from "../data/types";
 import { initActions } from "../view/actions";
 import { initBalancing } from "../view/balancing";
 import { initBars } from "../view/bars";
-import { all, byId, pageData } from "../view/dom";
+import { byId, pageData } from "../view/dom";
 import { initBanner } from "../view/banner";
 import { initEvents } from "../view/events";
 import { initExpert } from "../view/expert";
 import { debounced } from "../view/frame";
 import { initHeader } from "../view/header";
+import { initHealth } from "../view/health";
 import { initLog } from "../view/log";
 import { initLoss } from "../view/loss";
 import { initMetrics } from "../view/metrics";
@@ -23,8 +24,16 @@ import { initTabs } from "../view/tabs";
 import { initTimeline } from "../view/timeline";
 import { tellError } from "../view/toast";
 
-const { run, log_size: logSize, parts } = pageData<{ run: Run; log_size: number; parts: { names: string[]; every: number } }>("run-data");
-const store = new RunStore(run, parts.every);
+interface PageData {
+  run: Run;
+  log_size: number;
+  /** Of a sampled step; `every` steps apart, 0 for never, null where nobody knows. */
+  parts: { names: string[]; every: number | null };
+  expert_ranks: number;
+}
+
+const { run, log_size: logSize, parts, expert_ranks: expertRanks } = pageData<PageData>("run-data");
+const store = new RunStore(run, parts.every, expertRanks);
 const history = new History(store);
 let showStatus: (status: Status) => void = () => undefined;
 /** The newest event that the socket has told: after a broken connection it tells those that came since. */
@@ -57,10 +66,29 @@ async function resync(fromStep: number): Promise<void> {
 async function load(): Promise<void> {
   socket.stop();
   store.clear();
-  if (run.last_step) await history.fill(store.run.last_step).catch(tellError);
+  if (run.last_step) await attempt("whole", history.fill(store.run.last_step));
   byId("panel-live").setAttribute("aria-busy", "false");
   socket.connect();
-  for (const work of [history.layer(), history.terms(), history.snapshot(), history.sample(), history.events()]) quietly(work);
+  void attempt("layer", history.layer());
+  void attempt("terms", history.terms());
+  void attempt("events", history.events());
+  atCursor();
+}
+
+function atCursor(): void {
+  void attempt("snapshot", history.snapshot());
+  void attempt("sample", history.sample());
+}
+
+/** What cannot be fetched is said once, and where it would stand: each view fails alone. */
+async function attempt(what: Fetched, work: Promise<void>): Promise<void> {
+  try {
+    await work;
+    store.fail(what);
+  } catch (error) {
+    tellError(error);
+    if ((error as Error).name !== "AbortError") store.fail(what, `Could not be loaded. ${(error as Error).message}`);
+  }
 }
 
 function initRouterWatch(): void {
@@ -71,6 +99,7 @@ function initRouterWatch(): void {
 
 showStatus = initBanner(socket);
 initHeader(store);
+initHealth(store);
 initActions(store);
 initTabs();
 initTimeline(store);
@@ -85,21 +114,18 @@ initEvents(store);
 initLog(store, logSize);
 initRouterWatch();
 
-/** What cannot be fetched is said once, and where it would stand. */
-const quietly = (work: Promise<void>) =>
-  void work.catch((error: unknown) => {
-    tellError(error);
-    if ((error as Error).name !== "AbortError") for (const box of all("#routing .canvas-box, #bars .canvas-box")) box.dataset.empty = `Could not be loaded. ${(error as Error).message}`;
-  });
-store.on(["cursor", "steps"], debounced(60, () => quietly(Promise.all([history.snapshot(), history.sample()]).then(() => undefined))));
-store.on("range", () => quietly(Promise.all([history.zoom(), history.layer()]).then(() => undefined)));
+store.on(["cursor", "steps"], debounced(60, atCursor));
+store.on("range", () => {
+  void attempt("zoom", history.zoom());
+  void attempt("layer", history.layer());
+});
 store.on("layer", () => {
-  if (!store.layerHistory) quietly(history.layer());
-  if (!store.terms) quietly(history.terms());
+  if (!store.layerHistory) void attempt("layer", history.layer());
+  if (!store.terms) void attempt("terms", history.terms());
 });
 store.on("run", () => {
-  if (!store.layerWhole && store.lastStep) quietly(history.layer());
-  if (!store.terms && store.lastStep) quietly(history.terms());
+  if (!store.layerWhole && store.lastStep) void attempt("layer", history.layer());
+  if (!store.terms && store.lastStep) void attempt("terms", history.terms());
 });
-store.on("reload", () => quietly(load()));
+store.on("reload", () => void load());
 void load();

@@ -9,7 +9,7 @@ import { LineChart, type Drawing } from "./lines";
 
 export function initBalancing(store: RunStore): void {
   const figure = byId("balancing");
-  const chart = new LineChart(figure, store, { title: "Balancing terms", height: 180, format: metric, tick: metric, drawing: () => drawingOf(store) });
+  const chart = new LineChart(figure, store, { title: "Balancing terms", height: 180, format: metric, empty: () => store.failures.get("terms"), tick: metric, drawing: () => drawingOf(store) });
   const table = byId("balancing-table");
   const draw = throttled(200, () => {
     const { run, layer } = store;
@@ -47,15 +47,16 @@ function tableOf(store: RunStore, row: Snapshot): HTMLElement[] {
 /** A row for each layer: the terms without their weights, the router's entropy, what was dropped, and the range of the selection bias. */
 export function layersAt(row: Snapshot, layers: number[], terms: string[]): { head: string[]; rows: string[][] } {
   const { balance_loss: values, router_entropy: entropy, dropped, expert_bias: bias, expert_tokens: tokens } = row.tensors;
-  const shown = values && values.length === row.layers * terms.length ? terms : [];
+  const shown = terms.length ? terms : [];
+  const told = values?.length === row.layers * terms.length ? values : undefined;
   const head = ["layer", ...shown, "router entropy", "dropped", ...(bias ? ["bias"] : [])];
   const rows = Array.from({ length: row.layers }, (_, layer) => {
     const own = (tensor: Numbers) => tensor.subarray(layer * row.experts, (layer + 1) * row.experts);
     return [
       String(layers[layer] ?? layer),
-      ...shown.map((_, term) => metric(values[layer * terms.length + term])),
+      ...shown.map((_, term) => metric(told?.[layer * terms.length + term])),
       entropy ? `${metric(entropy[layer])} nats` : "–",
-      dropped ? droppedText(total(own(dropped)), total(own(tokens))) : "–",
+      dropped && tokens ? droppedText(total(own(dropped)), total(own(tokens))) : "–",
       ...(bias ? [`${metric(Math.min(...own(bias)))} … ${metric(Math.max(...own(bias)))}`] : []),
     ];
   });

@@ -6,7 +6,7 @@ import { initBehind } from "./behind";
 import { cssColour, currentTheme, indexOf, onThemeChange } from "./colour";
 import { byId, setText } from "./dom";
 import { perFrame, watchSize } from "./frame";
-import { layerRows } from "./reading";
+import { layerRows, whyNoCounts } from "./reading";
 
 const HEIGHT = 216;
 const PAD = { left: 46, top: 10, bottom: 22 };
@@ -16,7 +16,7 @@ export function initBars(store: RunStore): void {
   const sorted = byId<HTMLInputElement>("bars-sorted");
   const redraw = perFrame(() => size.visible() && draw(canvas, store, sorted.checked));
   const size = watchSize(canvas.parentElement!, () => redraw());
-  store.on(["steps", "cursor", "snapshot", "layer", "expert", "run"], redraw);
+  store.on(["steps", "cursor", "snapshot", "layer", "expert", "run", "failure"], redraw);
   sorted.addEventListener("change", redraw);
   onThemeChange(redraw);
   initBehind(byId("bars"), () => layerRows(store));
@@ -29,9 +29,10 @@ export function initBars(store: RunStore): void {
 
 function layerRatios(store: RunStore): Float32Array | null {
   const row = store.snapshots.at(store.step);
-  if (!row || store.layer >= row.layers) return null;
+  const tokens = row?.tensors.expert_tokens;
+  if (!row || !tokens || store.layer >= row.layers) return null;
   const from = store.layer * row.experts;
-  return fairRatios(row.tensors.expert_tokens.subarray(from, from + row.experts), 1, row.experts);
+  return fairRatios(tokens.subarray(from, from + row.experts), 1, row.experts);
 }
 
 const order = (ratios: Float32Array, sorted: boolean): number[] => {
@@ -41,7 +42,9 @@ const order = (ratios: Float32Array, sorted: boolean): number[] => {
 
 function draw(canvas: HTMLCanvasElement, store: RunStore, sorted: boolean): void {
   const ratios = layerRatios(store);
-  byId("bars").classList.toggle("is-empty", !ratios && !canvas.width);
+  const why = whyNoCounts(store);
+  if (ratios || why) byId("bars").classList.toggle("is-empty", !ratios);
+  if (!ratios && why) canvas.parentElement!.dataset.empty = why;
   if (!ratios) return;
   const scale = devicePixelRatio || 1;
   const width = canvas.parentElement!.clientWidth;

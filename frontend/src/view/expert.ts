@@ -6,8 +6,8 @@ import { LineChart } from "./lines";
 /** Until the reader chooses, the page follows the most loaded expert of the layer. */
 function chooseFirst(store: RunStore): void {
   const row = store.expert === null ? store.snapshots.at(store.step) : undefined;
-  if (!row) return;
-  const tokens = row.tensors.expert_tokens.subarray(store.layer * row.experts, (store.layer + 1) * row.experts);
+  const tokens = row?.tensors.expert_tokens?.subarray(store.layer * row.experts, (store.layer + 1) * row.experts);
+  if (!tokens?.length) return;
   store.setExpert(tokens.indexOf(Math.max(...tokens) as never));
 }
 
@@ -16,6 +16,7 @@ export function initExpert(store: RunStore): void {
   const chart = new LineChart(figure, store, {
     title: "Load of the chosen expert",
     zeroBased: true,
+    empty: () => store.failures.get("layer"),
     tick: (value) => `${Number(value.toFixed(1))}×`,
     format: (value) => `${value.toFixed(2)}×`,
     drawing: () => {

@@ -30,6 +30,8 @@ export interface LineOptions {
   height?: number;
   /** What to draw now; null while there is nothing. */
   drawing: () => Drawing | null;
+  /** Why there is nothing, where that is known better than at first. */
+  empty?: () => string | undefined;
   log?: () => boolean;
   /** Draws on top, in canvas pixels. */
   over?: (plot: uPlot) => void;
@@ -60,7 +62,7 @@ export class LineChart {
     this.readout = figure.querySelector<HTMLElement>(".readout");
     this.redraw = perFrame(() => this.draw());
     this.size = watchSize(this.box, this.redraw);
-    store.on(["steps", "range", "cursor"], this.redraw);
+    store.on(["steps", "range", "cursor", "failure"], this.redraw);
     onThemeChange(this.redraw);
     initBehind(figure, () => this.table());
   }
@@ -69,6 +71,7 @@ export class LineChart {
     if (!this.size.visible() || !this.box.clientWidth) return;
     const drawing = (this.drawing = this.options.drawing());
     this.figure.classList.toggle("is-empty", !drawing);
+    this.box.dataset.empty = this.options.empty?.() ?? this.box.dataset.empty ?? "";
     if (!drawing) return;
     const log = this.options.log?.() ?? false;
     const shape = `${drawing.lines.map((line) => line.label + line.colour).join()}/${Boolean(drawing.band)}/${log}`;

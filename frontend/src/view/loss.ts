@@ -7,6 +7,9 @@ import type { RunStore } from "../data/store";
 import { byId, readStored, store as keep } from "./dom";
 import { LineChart, type Drawing } from "./lines";
 
+/** Half of the largest mark, in CSS pixels: one at the first or the last step is shown whole. */
+const MARK = 6;
+
 export function initLoss(store: RunStore): void {
   const figure = byId("loss");
   const log = byId<HTMLInputElement>("loss-log");
@@ -15,6 +18,7 @@ export function initLoss(store: RunStore): void {
   smooth.value = readStored("loss-smooth") ?? "0";
   const chart = new LineChart(figure, store, {
     title: "Loss",
+    empty: () => store.failures.get(store.range ? "zoom" : "whole"),
     drawing: () => lossDrawing(store, Number(smooth.value)),
     log: () => log.checked,
     over: (plot) => drawMarks(plot, store, getComputedStyle(figure)),
@@ -48,7 +52,7 @@ function drawMarks(plot: uPlot, store: RunStore, style: CSSStyleDeclaration): vo
   const shown = <T extends { step: number }>(marks: T[]) => marks.filter((mark) => mark.step >= from && mark.step <= to);
   ctx.save();
   ctx.beginPath();
-  ctx.rect(bbox.left, bbox.top, bbox.width, bbox.height);
+  ctx.rect(bbox.left - MARK * px, bbox.top, bbox.width + 2 * MARK * px, bbox.height);
   ctx.clip();
   ctx.fillStyle = ctx.strokeStyle = style.getPropertyValue("--danger");
   for (const spike of shown(spikesOf(store.events))) {

@@ -16,13 +16,13 @@ interface Panel {
 const is = (name: string) => (other: string) => other === name;
 
 const PANELS: Panel[] = [
-  { title: "MaxVio", help: "(most loaded − mean) / mean, mean over layers; 0 is even", match: is("max_vio"), zeroBased: true },
-  { title: "Load CV", help: "standard deviation / mean of the experts' load", match: is("load_cv"), zeroBased: true },
-  { title: "Router entropy", help: "nats, mean over tokens and layers", match: is("router_entropy"), zeroBased: true },
-  { title: "Dropped share", help: "assignments that capacity dropped", match: is("dropped_share"), format: (v) => percent(v, 2), tick: (v) => percent(v, 0), zeroBased: true },
-  { title: "Dead experts", help: "experts without a token, over all layers", match: is("dead_experts"), zeroBased: true },
-  { title: "Largest logit", help: "of the routers; a rising one warns of instability", match: is("max_logit") },
-  { title: "Balance losses", help: "weighted, summed over layers", match: (name) => name.startsWith("balance/") },
+  { title: "MaxVio", help: "(load of the busiest expert − mean load) / mean load, mean over layers, in this batch (Wang 2024). 0 is even; E / k − 1 is everything on the same k of E experts. Over a validation set its authors measured 0.5 to 0.7 with an auxiliary loss and 0.04 with a selection bias; single batches lie higher.", match: is("max_vio"), zeroBased: true },
+  { title: "Load CV", help: "Standard deviation / mean of the experts' load, mean over layers. 0 is even.", match: is("load_cv"), zeroBased: true },
+  { title: "Router entropy", help: "Entropy of the router's distribution in nats, mean over tokens and layers. ln E is no preference at all; near 0 every choice is certain, and no gradient is left to change it.", match: is("router_entropy"), zeroBased: true },
+  { title: "Dropped share", help: "Share of the assignments that went over an expert's capacity and were dropped. 0 where routing is dropless.", match: is("dropped_share"), format: (v) => percent(v, 2), tick: (v) => percent(v, 0), zeroBased: true },
+  { title: "Dead experts", help: "Experts that got no token in this batch, over all layers. In a small batch some are empty by chance; those that stay empty no longer learn.", match: is("dead_experts"), zeroBased: true },
+  { title: "Largest logit", help: "The largest logit of all routers. One that keeps rising warns of instability, in bfloat16 above all; a z-loss holds it down (Zoph 2022).", match: is("max_logit") },
+  { title: "Balance losses", help: "Each balancing term as it enters the loss: times its weight, summed over layers.", match: (name) => name.startsWith("balance/") },
   { title: "Loss of extra predictions", help: "cross-entropy of tokens further ahead, nats, without its weight", match: is("mtp_loss") },
   { title: "Rerouted", help: "assignments that went from a full expert to the token's next best", match: is("router/rerouted"), format: (v) => percent(v, 2), tick: (v) => percent(v, 0), zeroBased: true },
   { title: "Second expert kept", help: "tokens that use their second expert too (GShard)", match: is("router/second_kept"), format: (v) => percent(v, 1), tick: (v) => percent(v, 0), zeroBased: true },
@@ -31,13 +31,13 @@ const PANELS: Panel[] = [
   { title: "Noise", help: "mean standard deviation of the noise on the router's logits", match: is("router/noise_std"), zeroBased: true },
   { title: "Sinkhorn error", help: "of the most uneven load, relative to an even one", match: is("router/sinkhorn_error"), zeroBased: true },
   { title: "Policy loss", help: "of the router that learns by policy gradient, without its weight", match: is("router/policy_loss") },
-  { title: "Gradient norm", help: "before clipping", match: is("grad_norm"), zeroBased: true },
-  { title: "Learning rate", help: "", match: is("lr"), zeroBased: true },
-  { title: "Tokens per second", help: "", match: is("tokens_per_s"), format: compact, zeroBased: true },
+  { title: "Gradient norm", help: "Norm of all gradients before clipping. Jumps come before spikes of the loss.", match: is("grad_norm"), zeroBased: true },
+  { title: "Learning rate", help: "As the schedule has it, without the router's own factor.", match: is("lr"), zeroBased: true },
+  { title: "Tokens per second", help: "Of the training step over all devices, validations and checkpoints left out.", match: is("tokens_per_s"), format: compact, zeroBased: true },
   { title: "MFU", help: "model FLOP utilisation: FLOPs per token (as priced, without recomputation) × tokens per second ÷ the devices' dense peak", match: is("mfu"), format: (v) => percent(v, 1), tick: (v) => percent(v, 0), zeroBased: true },
   { title: "Model TFLOP/s", help: "FLOPs per token (as priced, without recomputation) × tokens per second, over all devices", match: is("tflop_per_s"), zeroBased: true },
-  { title: "Step time", help: "milliseconds", match: is("step_ms"), zeroBased: true },
-  { title: "Memory", help: "bytes", match: is("memory_bytes"), format: compact, zeroBased: true },
+  { title: "Step time", help: "Milliseconds of a training step, validations and checkpoints left out.", match: is("step_ms"), zeroBased: true },
+  { title: "Memory", help: "The most bytes that the device's tensors have taken so far.", match: is("memory_bytes"), format: compact, zeroBased: true },
 ];
 const ELSEWHERE = new Set(["loss", "lm_loss"]);
 const MAX_CHARTS = 80;
@@ -71,7 +71,8 @@ function addPanel(grid: HTMLElement, store: RunStore, panel: Panel, names: strin
   const figure = el(
     "figure",
     { className: "card chart small is-empty" },
-    el("figcaption", {}, el("h3", { title: panel.help }, panel.title), el("output", { className: "readout" })),
+    el("figcaption", {}, el("h3", {}, panel.title), panel.help ? helpButton(panel) : null, el("output", { className: "readout" })),
+    el("p", { className: "muted chart-help", hidden: true }, panel.help),
     el("div", { className: "plot", role: "img", "aria-label": `${panel.title}: no data yet` }),
     el("details", { className: "behind" }, el("summary", {}, "Table")),
   );
@@ -84,6 +85,17 @@ function addPanel(grid: HTMLElement, store: RunStore, panel: Panel, names: strin
     tick: panel.tick ?? panel.format ?? metric,
     zeroBased: panel.zeroBased ?? false,
   });
+}
+
+/** Shows what the metric is and how to read it: for a mouse, a finger and a keyboard alike. */
+function helpButton(panel: Panel): HTMLElement {
+  const button = el("button", { type: "button", className: "icon small", "aria-expanded": "false", "aria-label": `What is ${panel.title}?` }, "?");
+  button.addEventListener("click", () => {
+    const text = button.closest("figure")!.querySelector<HTMLElement>(".chart-help")!;
+    text.hidden = !text.hidden;
+    button.setAttribute("aria-expanded", String(!text.hidden));
+  });
+  return button;
 }
 
 function drawingOf(store: RunStore, names: string[]): Drawing | null {

@@ -15,12 +15,20 @@ export interface Spent {
 export const WAITING = "waiting";
 const total = (spent: Spent[]): number => spent.reduce((sum, { forward, backward }) => sum + forward + backward, 0);
 
+/** Without the ranks behind the last that took any time: among rows of several attempts the store fills up for the ranks that one did not have. */
+function present(ranks: Spent[][]): Spent[][] | null {
+  const last = ranks.findLastIndex((spent) => total(spent) > 0);
+  return last < 0 ? null : ranks.slice(0, last + 1);
+}
+
 /** [rank][part] of a sample; parts that took no time on any rank are left out. */
 export function partsOf(sample: Sample, names: string[]): Spent[][] | null {
   if (!names.length || sample.partMs.length !== sample.ranks * names.length * 2) return null;
-  const ranks = Array.from({ length: sample.ranks }, (_, rank) =>
+  const all = Array.from({ length: sample.ranks }, (_, rank) =>
     names.map((part, i) => ({ part, forward: sample.partMs[2 * (rank * names.length + i)], backward: sample.partMs[2 * (rank * names.length + i) + 1] })),
   );
+  const ranks = present(all);
+  if (!ranks) return null;
   const taken = names.map((_, i) => ranks.some((spent) => spent[i].forward + spent[i].backward > 0));
   return ranks.map((spent) => spent.filter((_, i) => taken[i]));
 }
@@ -29,7 +37,7 @@ export function partsOf(sample: Sample, names: string[]): Spent[][] | null {
 export function phasesOf(row: Snapshot, names: string[]): Spent[][] | null {
   const values = row.tensors.phase_ms;
   if (!values || !names.length || values.length % names.length) return null;
-  return Array.from({ length: values.length / names.length }, (_, rank) => names.map((part, i) => ({ part, forward: values[rank * names.length + i], backward: 0 })));
+  return present(Array.from({ length: values.length / names.length }, (_, rank) => names.map((part, i) => ({ part, forward: values[rank * names.length + i], backward: 0 }))));
 }
 
 /** A bar for each rank, of one scale, and the key. */

@@ -24,10 +24,11 @@ export function initRanks(store: RunStore, parts: string[]): void {
 
   const drawTimes = () => {
     const shown = times();
-    figure.classList.toggle("is-empty", !shown);
-    if (shown) byId("ranks-parts").replaceChildren(...bars(shown.ranks, shown.sampled));
+    if (!shown && !store.snapshots.at(store.step) && !store.failures.has("snapshot") && store.lastStep) return; // still on its way
+    byId("ranks-parts").replaceChildren(...(shown ? bars(shown.ranks, shown.sampled) : []));
     setText(figure.querySelector(".readout"), shown ? `step ${shown.step}` : "");
-    setText(byId("ranks-note"), shown ? note(shown.sampled, shown.ranks.length, store.samples.every) : "");
+    const failed = store.failures.get("sample") ?? (shown ? undefined : store.failures.get("snapshot"));
+    setText(byId("ranks-note"), failed ?? note(shown ? { sampled: shown.sampled, ranks: shown.ranks.length } : null, store.samples.every, store.lastStep));
   };
 
   const drawTraffic = () => {
@@ -63,13 +64,18 @@ export function initRanks(store: RunStore, parts: string[]): void {
     const row = store.snapshots.at(store.step);
     return layerTable(row ? layersOf(row) : [], store.run.moe_layers, price);
   });
-  store.on(["snapshot", "cursor", "run", "steps"], draw);
+  store.on(["snapshot", "cursor", "run", "steps", "failure"], draw);
   draw();
 }
 
-function note(sampled: boolean, ranks: number, every: number): string {
-  if (!sampled) return every ? `Finer parts are timed every ${every} steps, except where the model is compiled.` : "";
-  return ranks > 1 ? "At a sampled step ranks wait for each other before they communicate: waiting is that, communication what the transfer itself takes." : "";
+/** What the reader should know of the times: how often they are told in full, or why there are none. `every`: steps between samples, null where nobody knows. */
+export function note(shown: { sampled: boolean; ranks: number } | null, every: number | null, lastStep: number): string {
+  if (!lastStep) return "The parts of a step appear with the first step.";
+  const rare = every ? `every ${every} steps (telemetry.phases_every), except where the model is compiled` : "";
+  const never = "telemetry.phases_every is 0. With 10, every tenth step is told part by part.";
+  if (!shown) return every === null ? "This run's trainer does not tell where its time goes." : every ? `Nothing was timed at this step: parts are, ${rare}.` : `Nothing is timed in this run: ${never}`;
+  if (!shown.sampled) return every === null ? "" : every ? `Finer parts are timed ${rare}.` : `Finer parts are not timed in this run: ${never}`;
+  return shown.ranks > 1 ? "At a sampled step ranks wait for each other before they communicate: waiting is that, communication what the transfer itself takes." : "";
 }
 
 function fillLayers(field: HTMLSelectElement, layers: number, names: number[]): void {

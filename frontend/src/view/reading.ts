@@ -24,12 +24,10 @@ const fair = (ratio: number): string => (ratio === 0 ? "dead: no token" : `${met
 
 function cellParts(row: Snapshot, layer: number, expert: number): string[] {
   const at = layer * row.experts + expert;
-  const ratio = fairRatios(row.tensors.expert_tokens, row.layers, row.experts)[at];
-  const { router_prob: prob, dropped, expert_bias: bias } = row.tensors;
+  const { expert_tokens: tokens, router_prob: prob, dropped, expert_bias: bias } = row.tensors;
+  const ratio = tokens && fairRatios(tokens, row.layers, row.experts)[at];
   return [
-    `${whole(row.tensors.expert_tokens[at])} tokens`,
-    share(ratio, row.experts),
-    fair(ratio),
+    ...(tokens && ratio !== undefined ? [`${whole(tokens[at])} tokens`, share(ratio, row.experts), fair(ratio)] : ["tokens not told"]),
     ...(prob ? [`probability ${metric(prob[at])}`] : []),
     ...(dropped?.[at] ? [`${whole(dropped[at])} dropped`] : []),
     ...(bias ? [`bias ${metric(bias[at])}`] : []),
@@ -40,12 +38,20 @@ function cellParts(row: Snapshot, layer: number, expert: number): string[] {
 export function layerRows(store: RunStore): Rows {
   const row = store.snapshots.at(store.step);
   const head = ["expert", "tokens", "share", "× fair share", "probability", "dropped", "bias"];
-  if (!row) return { head, rows: [] };
-  const ratios = fairRatios(row.tensors.expert_tokens, row.layers, row.experts);
-  const { router_prob: prob, dropped, expert_bias: bias, expert_tokens: tokens } = row.tensors;
+  const tokens = row?.tensors.expert_tokens;
+  if (!row || !tokens) return { head, rows: [] };
+  const ratios = fairRatios(tokens, row.layers, row.experts);
+  const { router_prob: prob, dropped, expert_bias: bias } = row.tensors;
   const rows = Array.from({ length: row.experts }, (_, e) => {
     const at = store.layer * row.experts + e;
     return [String(e), whole(tokens[at]), percent(ratios[at] / row.experts, 2), metric(ratios[at]), prob ? metric(prob[at]) : "–", dropped ? whole(dropped[at]) : "–", bias ? metric(bias[at]) : "–"];
   });
   return { head, rows };
+}
+
+/** Why the experts' counts at the chosen step cannot be shown; undefined where they can, or where they are still on their way. */
+export function whyNoCounts(store: RunStore): string | undefined {
+  const row = store.snapshots.at(store.step);
+  if (row) return row.tensors.expert_tokens ? undefined : `The trainer did not tell the experts' loads at step ${whole(row.step)}.`;
+  return store.failures.get("snapshot");
 }

@@ -8,7 +8,7 @@ import { byId, readStored, setText, store as keep } from "./dom";
 import { perFrame, watchSize } from "./frame";
 import { Heatmap, drawLegend, type Cell, type Picture } from "./heatmap";
 import { initCells } from "./cells";
-import { layerRows, readCell, type Reading } from "./reading";
+import { layerRows, readCell, whyNoCounts, type Reading } from "./reading";
 
 export type View = "layers" | "steps";
 
@@ -26,7 +26,7 @@ export class Routing {
     this.heatmap = new Heatmap(canvas);
     const size = watchSize(canvas.parentElement!, () => this.redraw());
     this.redraw = perFrame(() => size.visible() && this.draw());
-    store.on(["steps", "cursor", "snapshot", "layer", "range", "expert", "run"], this.redraw);
+    store.on(["steps", "cursor", "snapshot", "layer", "range", "expert", "run", "failure"], this.redraw);
     onThemeChange(() => this.legend());
     initCells(canvas, this.heatmap, { hover: (cell) => this.hover(cell), choose: (cell) => this.choose(cell) });
     initBehind(byId("routing"), () => layerRows(store));
@@ -65,11 +65,16 @@ export class Routing {
   private layersPicture(): Picture | null {
     const { store } = this;
     const row = store.snapshots.at(store.step);
-    if (!row) return this.heatmap.picture && this.heatmap.picture.rowTitle === "layer" ? this.heatmap.picture : null;
+    const why = whyNoCounts(store);
+    if (why) this.heatmap.canvas.parentElement!.dataset.empty = why;
+    if (why) return null;
+    const tokens = row?.tensors.expert_tokens;
+    // Until the rows of another step are here, those of the last one stay.
+    if (!row || !tokens) return this.heatmap.picture?.rowTitle === "layer" ? this.heatmap.picture : null;
     return {
       rows: row.layers,
       columns: row.experts,
-      ratios: fairRatios(row.tensors.expert_tokens, row.layers, row.experts),
+      ratios: fairRatios(tokens, row.layers, row.experts),
       rowLabel: (r) => String(store.run.moe_layers[r] ?? r),
       columnLabel: String,
       rowTitle: "layer",
@@ -85,7 +90,11 @@ export class Routing {
   private stepsPicture(): Picture | null {
     const { store } = this;
     const history = store.layerHistory;
-    if (!history?.length) return null;
+    if (!history?.length) {
+      const { dataset } = this.heatmap.canvas.parentElement!;
+      dataset.empty = store.failures.get("layer") ?? dataset.empty ?? "";
+      return null;
+    }
     const { from, to } = store.shown;
     const width = Math.max(this.heatmap.canvas.parentElement!.clientWidth - 48, 50);
     const { ratios, columns, steps } = binRatios(history, from, to, width);
@@ -109,7 +118,7 @@ export class Routing {
 
   /** Experts before which another rank's share begins. */
   private borders(experts: number): number[] {
-    const ranks = Number(byId("routing").dataset.expertRanks) || 1;
+    const ranks = this.store.expertRanks;
     return Array.from({ length: ranks - 1 }, (_, i) => ((i + 1) * experts) / ranks);
   }
 

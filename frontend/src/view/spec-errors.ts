@@ -5,7 +5,22 @@ import { all, byId, el } from "./dom";
 
 export type FieldProblem = { pointer: string; detail: string };
 
+/** Over the form: how many problems there are; a press leads to the first. */
+export function initProblems(form: HTMLElement): void {
+  byId("problems").addEventListener("click", () => focusFirst(form));
+}
+
+export function focusFirst(form: HTMLElement): void {
+  (form.querySelector<HTMLElement>("[aria-invalid]") ?? byId("yaml")).focus();
+}
+
+function count(problems: number): void {
+  byId("problems").hidden = problems === 0;
+  byId("problems").textContent = problems === 1 ? "1 problem" : `${problems} problems`;
+}
+
 export function clearErrors(form: HTMLElement): void {
+  count(0);
   for (const field of all("[data-path]", form)) setError(field, "");
   byId("form-errors").hidden = true;
   byId("yaml-errors").replaceChildren();
@@ -24,14 +39,21 @@ export function showErrors(form: HTMLElement, spec: PlainObject, problem: Proble
   const banner = byId("form-errors");
   banner.textContent = homeless.join(" · ");
   banner.hidden = homeless.length === 0;
+  count(errors.length);
   byId("yaml-errors").replaceChildren(...errors.map((error) => errorItem(error, jump)));
 }
 
 function errorItem({ pointer, detail }: FieldProblem, jump: (path: string) => void): HTMLElement {
   const path = pathOf(pointer);
-  const button = el("button", { type: "button" }, path ? `${path}: ${detail.replace(`${path.split(".").at(-1)}: `, "")}` : detail);
+  const button = el("button", { type: "button" }, path ? `${path}: ${withoutName(path, detail)}` : detail);
   button.addEventListener("click", () => jump(path));
   return el("li", {}, button);
+}
+
+/** A detail begins with the last part of the path: "weights.0: should be …". */
+function withoutName(path: string, detail: string): string {
+  const [said, name] = detail.match(/^([\w.]+): /) ?? ["", ""];
+  return name && `.${path}`.endsWith(`.${name}`) ? detail.slice(said.length) : detail;
 }
 
 /** The field of a path; for a path into a list of terms, the field of the term of that kind. */

@@ -12,6 +12,9 @@ export function initTabs(): void {
       byId(`panel-${tab.dataset.tab}`).hidden = !on;
     }
     if (focus) chosen.focus();
+    const strip = chosen.parentElement!;
+    strip.scrollLeft = Math.min(strip.scrollLeft, chosen.offsetLeft - strip.offsetLeft - 12);
+    strip.scrollLeft = Math.max(strip.scrollLeft, chosen.offsetLeft - strip.offsetLeft + chosen.offsetWidth + 12 - strip.clientWidth);
     // Panels that the server renders are fetched when they are first looked at, and again on each look.
     byId(`panel-${chosen.dataset.tab}`).dispatchEvent(new CustomEvent("shown"));
   };

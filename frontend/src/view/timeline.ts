@@ -9,6 +9,7 @@ export function initTimeline(store: RunStore): void {
   const scrubber = byId<HTMLInputElement>("scrubber");
   const number = byId<HTMLInputElement>("step-number");
   const follow = byId<HTMLButtonElement>("follow");
+  const ranges = all<HTMLButtonElement>("[data-range]");
   const draw = perFrame(() => {
     const { from, to } = store.shown;
     scrubber.min = String(from);
@@ -21,12 +22,13 @@ export function initTimeline(store: RunStore): void {
     follow.setAttribute("aria-pressed", String(store.follow));
     setText(byId("range-text"), store.range ? `steps ${whole(from)}–${whole(to)}` : `all ${whole(store.lastStep)} steps`);
     byId("range-all").hidden = !store.range;
+    for (const button of ranges) button.disabled = Number(button.dataset.range) >= store.lastStep;
   });
   scrubber.addEventListener("input", () => store.setStep(Number(scrubber.value)));
   number.addEventListener("change", () => store.setStep(Number(number.value)));
   follow.addEventListener("click", () => store.setStep(store.lastStep, !store.follow));
   byId("range-all").addEventListener("click", () => store.setRange(null));
-  for (const button of all<HTMLButtonElement>("[data-range]")) button.addEventListener("click", () => showLast(store, Number(button.dataset.range)));
+  for (const button of ranges) button.addEventListener("click", () => showLast(store, Number(button.dataset.range)));
   store.on(["steps", "cursor", "range", "reload", "run"], draw);
   initLayerChoice(store);
   draw();

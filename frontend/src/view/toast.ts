@@ -18,6 +18,7 @@ export function toast(text: string, bad = false): void {
 export function tellError(error: unknown): void {
   if ((error as Error)?.name === "AbortError") return;
   if (!(error instanceof ApiError)) console.error(error);
-  const fields = error instanceof ApiError ? (error.problem.errors ?? []).map(({ pointer, detail }) => `${pointer} ${detail}`) : [];
-  toast([(error as Error).message, ...fields].join(" · "), true);
+  const { message } = error as Error;
+  const fields = error instanceof ApiError ? (error.problem.errors ?? []).map(({ detail }) => detail).filter((detail) => !message.includes(detail)) : [];
+  toast([message, ...fields].join(" · "), true);
 }

@@ -23,21 +23,33 @@ export interface Price {
 const total = (values: number[]): number => values.reduce((sum, value) => sum + value, 0);
 
 /** One matrix; null where ranks share no experts. */
-export function trafficOf(values: Numbers | undefined): Traffic | null {
-  const ranks = Math.round(Math.sqrt(values?.length ?? 0));
-  if (!values || ranks < 2 || ranks * ranks !== values.length) return null;
-  const rows = Array.from({ length: ranks }, (_, from) => [...values.subarray(from * ranks, (from + 1) * ranks)]);
-  const sent = total(rows.map(total));
-  return { ranks, sent, crossing: sent - total(rows.map((row, i) => row[i])), largest: Math.max(...rows.flat()), rows };
-}
+export const trafficOf = (values: Numbers | undefined): Traffic | null => (values ? (matricesOf(values, 1)[0] ?? null) : null);
 
 /** Each layer's matrix; empty where a run told only of all layers together, or of none. */
 export function layersOf(row: Snapshot): Traffic[] {
   const values = row.tensors.rank_traffic;
-  if (!values) return [];
-  const size = values.length / row.layers;
-  const layers = Array.from({ length: row.layers }, (_, layer) => trafficOf(values.subarray(layer * size, (layer + 1) * size)));
-  return layers.every((one) => one !== null) ? layers : [];
+  return values && row.layers ? matricesOf(values, row.layers) : [];
+}
+
+/** Square matrices, one behind the other; none where they are not square, or of one rank. */
+function matricesOf(values: Numbers, layers: number): Traffic[] {
+  const size = Math.round(Math.sqrt(values.length / layers));
+  if (size < 2 || layers * size * size !== values.length) return [];
+  const ranks = presentRanks(values, size);
+  if (ranks < 2) return [];
+  return Array.from({ length: layers }, (_, layer) => {
+    const start = (from: number) => (layer * size + from) * size;
+    const rows = Array.from({ length: ranks }, (_, from) => [...values.subarray(start(from), start(from) + ranks)]);
+    const sent = total(rows.map(total));
+    return { ranks, sent, crossing: sent - total(rows.map((row, i) => row[i])), largest: Math.max(...rows.flat()), rows };
+  });
+}
+
+/** Without the last ranks that neither send nor get anything: among rows of several attempts the store fills up for ranks that one did not have. */
+function presentRanks(values: Numbers, size: number): number {
+  let last = -1;
+  for (let i = 0; i < values.length; i++) if (values[i]) last = Math.max(last, i % size, Math.floor(i / size) % size);
+  return last + 1;
 }
 
 /** The sum of all layers, also of runs that told nothing else. */

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 from playwright.sync_api import expect
+from yaml import safe_load
 
+from spec.experiment import ExperimentSpec
 from tests.end_to_end.browser.conftest import Live, Opened
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(240)]
@@ -99,6 +101,24 @@ def test_the_keyboard_reaches_the_content_and_shows_where_it_is(live: Live, open
     expect(page.get_by_role("tabpanel", name="Specialisation")).to_be_visible()
 
 
+def test_a_line_says_how_the_router_fares_and_each_metric_what_it_is(open_page: Opened, runs: dict[str, int]) -> None:
+    page = open_page(f"/runs/{runs['other']}")
+    health = page.locator("#health")
+    expect(health).to_have_text(
+        re.compile(r"^Routing leaves experts out \(steps 31 to 50\): 1 of 32 experts got no token \(1 in layer 3\); the busiest takes ")
+    )
+    page.get_by_label("Step", exact=True).first.focus()
+    page.keyboard.press("Home")
+    expect(health).to_have_text(re.compile(r"\(step 1\): every expert gets tokens"))
+    help_of = page.get_by_role("button", name="What is MaxVio?")
+    help_of.focus()
+    page.keyboard.press("Enter")
+    expect(help_of).to_have_attribute("aria-expanded", "true")
+    expect(page.get_by_text("0 is even; E / k − 1 is everything on the same k of E experts", exact=False)).to_be_visible()
+    page.keyboard.press("Enter")
+    expect(page.locator("#metrics .chart-help").first).to_be_hidden()
+
+
 def test_specialisation_follows_the_layer_and_the_validation(live: Live, open_page: Opened, runs: dict[str, int]) -> None:
     page = open_page(f"/runs/{runs['other']}#specialisation")
     table = page.get_by_role("region", name="Class of token")
@@ -149,6 +169,26 @@ def test_the_form_and_the_yaml_say_the_same_and_errors_stand_at_their_field(live
     page.locator("#preset").select_option("deepseek-v3")
     expect(page.locator("#price-total")).to_have_text("671B")
     expect(page.locator("#yaml-errors")).not_to_be_empty()
+
+
+def test_the_form_changes_nothing_of_a_spec_but_what_is_changed(open_page: Opened) -> None:
+    """Every preset through the form and back: equal, parts that are null and the order of terms included."""
+    page = open_page("/runs/new")
+    names = ["", *page.evaluate("[...document.querySelectorAll('#preset option')].map(option => option.value).filter(Boolean)")]
+    for name in names:
+        if name:
+            with page.expect_response(lambda answer: "/presets/" in answer.url):
+                page.select_option("#preset", name)
+            page.wait_for_function("name => document.querySelector('#yaml').value.startsWith(`name: ${name}\\n`)", arg=name)
+        before = page.input_value("#yaml")
+        page.locator("#spec-form").dispatch_event("input")
+        said = page.input_value("#yaml")
+        assert said != before, "fields without a meaning are left out: the form was read"
+        assert ExperimentSpec.model_validate(safe_load(said)) == ExperimentSpec.model_validate(safe_load(before)), name
+    assert "rope_scaling: null" in before
+    page.locator("summary", has_text="Rope scaling").click()
+    page.get_by_label("With rope scaling").check()
+    expect(page.locator("#yaml")).to_have_value(re.compile(r"rope_scaling:\n    kind: "))
 
 
 def test_a_token_is_shown_once_works_and_stops_working(live: Live, open_page: Opened) -> None:

@@ -166,8 +166,9 @@ def test_the_page_is_sound_in_every_look(live: Live, open_page: Opened, run: int
     expect(tokens).to_have_count(6)
     places = tokens.evaluate_all("els => els.map(el => el.getBoundingClientRect().left)")
     assert places == sorted(places), "a right-to-left override turns no token but its own"
-    bare = open_page(f"/runs/{live.made_up('no checkpoint', 50).run}/generate")
-    expect(bare.get_by_text("No checkpoint yet")).to_be_visible()
+    bare = live.made_up("no checkpoint", 50)
+    expect(open_page(f"/runs/{bare.run}/generate").get_by_text("No checkpoint yet")).to_be_visible()
+    bare.end()  # or its lease runs out, and the next test's host is handed it
 
 
 def test_the_command_line_prints_the_text(live: Live, run: int) -> None:

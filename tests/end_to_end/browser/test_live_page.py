@@ -64,7 +64,8 @@ def test_reads_the_router_with_pointer_keyboard_and_tables(live: Live, open_page
     page = open_page(f"/runs/{run.run}")
     expect(page.locator(HEATMAP)).to_have_attribute("aria-label", re.compile("at step 200.*1 without tokens"))
     expect(page.locator("[data-stat=tflop_per_s]")).to_have_text(re.compile(r"^4\d\d · 4[0-4] %$"))
-    expect(page.get_by_role("heading", name="MFU", exact=True)).to_have_attribute("title", re.compile("without recomputation"))
+    page.get_by_role("button", name="What is MFU?").click()
+    expect(page.locator("figure", has=page.get_by_role("heading", name="MFU", exact=True))).to_contain_text("without recomputation")
     page.focus(HEATMAP)
     for key in ("ArrowDown", "ArrowDown", "ArrowDown", "ArrowDown", "ArrowRight"):
         page.keyboard.press(key)

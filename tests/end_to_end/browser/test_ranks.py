@@ -43,7 +43,24 @@ def test_the_last_sample_is_told_part_by_part(two: MadeUpRun, open_page: Opened)
     page.keyboard.press("Home")
     expect(figure.locator("figcaption .readout")).to_have_text("step 1")
     expect(figure.locator(".part-said")).to_have_text(["120 ms", "130 ms"])
-    expect(page.locator("#ranks-note")).to_have_text("Finer parts are timed every 10 steps, except where the model is compiled.")
+    said = "Finer parts are timed every 10 steps (telemetry.phases_every), except where the model is compiled."
+    expect(page.locator("#ranks-note")).to_have_text(said)
+
+
+def test_a_sample_that_cannot_be_fetched_fails_alone(two: MadeUpRun, open_page: Opened) -> None:
+    page = open_page(f"/runs/{two.run}")
+    expect(page.locator("#routing-canvas")).to_have_attribute("aria-label", re.compile("layers by experts at step 44"))
+    page.route("**/steps?*part_ms*", lambda route: route.fulfill(status=404, json={"title": "No such sample", "status": 404}))
+    page.get_by_label("Step", exact=True).first.focus()
+    page.keyboard.press("Home")
+    for _ in range(14):
+        page.keyboard.press("ArrowRight")
+    expect(page.locator("#ranks-note")).to_have_text("Could not be loaded. No such sample")
+    expect(page.locator("#ranks .part-said")).to_have_text(["120 ms", "130 ms"])
+    expect(page.locator("#routing-canvas")).to_have_attribute("aria-label", re.compile("layers by experts at step 15"))
+    for figure in ("routing", "bars"):
+        expect(page.locator(f"#{figure}")).not_to_have_class(re.compile("is-empty"))
+        assert "Could not" not in (page.locator(f"#{figure} .canvas-box").get_attribute("data-empty") or "")
 
 
 def test_traffic_is_told_by_layer_in_rows_and_bytes(two: MadeUpRun, open_page: Opened) -> None:
@@ -67,13 +84,19 @@ def test_traffic_is_told_by_layer_in_rows_and_bytes(two: MadeUpRun, open_page: O
 def test_experts_are_placed_by_the_load_of_a_window(two: MadeUpRun, open_page: Opened) -> None:
     page = open_page(f"/runs/{two.run}#placement")
     panel = page.locator("#panel-placement")
-    expect(panel.get_by_label("Devices", exact=True)).to_have_value("2")
+    expect(panel.get_by_label("Devices", exact=True)).to_have_attribute("placeholder", "2")
     panel.get_by_label("Devices", exact=True).fill("4")
-    panel.get_by_label("Places").fill("12")
+    panel.get_by_label("Replicas").fill("12")
     panel.get_by_role("button", name="Place", exact=True).click()
     expect(panel.locator("table").first.locator("tbody tr")).to_have_count(4)
     expect(panel.locator(".slot")).to_have_count(12)
     assert panel.locator("[data-copied]").count() >= 2
-    panel.get_by_label("Places").fill("10")
-    panel.get_by_label("Places").press("Enter")
-    expect(panel.get_by_role("alert")).to_have_text("replicas 10 is not a multiple of devices 4: every device holds equally many")
+    field = panel.locator(".field", has=page.get_by_label("Replicas"))
+    field.locator("input").fill("10")
+    field.locator("input").press("Enter")
+    expect(field.get_by_role("alert")).to_have_text("replicas 10 is not a multiple of devices 4: every device holds equally many")
+    expect(field.locator("input")).to_have_attribute("aria-invalid", "true")
+    expect(field.locator("input")).to_have_value("10")
+    panel.get_by_label("Devices", exact=True).fill("5000")
+    panel.get_by_role("button", name="Place", exact=True).click()
+    expect(panel.get_by_role("alert")).to_have_text(re.compile("^devices: .*less than or equal to 4096"))

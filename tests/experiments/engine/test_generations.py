@@ -85,7 +85,7 @@ class TestTheDoor:
             ({"top_k": -1}, "/top_k", "0"),
             ({"seed": 2**31}, "/seed", "2147483647"),
             ({"step": 11}, "/step", "no checkpoint at step 11"),
-            ({"temprature": 1}, "/temprature", "not permitted"),
+            ({"temprature": 1}, "/temprature", "not known here"),
         ],
     )
     def test_what_is_wrong_is_named_with_its_limit(self, ada: APIClient, run: Run, body: dict[str, Any], pointer: str, said: str) -> None:

@@ -54,7 +54,7 @@ class TestASubmission:
             ({"spec": {"colour": 1}}, "/spec/colour", "not a field"),
             ({"spec": {}, "preset": "nano-mixtral"}, "", "either"),
             ({}, "", "either"),
-            ({"spec": {}, "state": "succeeded"}, "/state", "Extra"),
+            ({"spec": {}, "state": "succeeded"}, "/state", "not known here"),
             ({"spec": {}, "priority": "9"}, "/priority", "integer"),
             ({"spec": {}, "tags": ["x" * 65]}, "/tags/0", "64"),
             ({"spec": {}, "project": "../etc"}, "/project", "pattern"),

@@ -77,30 +77,54 @@ def test_a_long_window_is_read_from_roll_ups(measured: Run, monkeypatch: pytest.
     assert found["layers"][0]["load_after"] == [sum_of(1, 150)[0].sum()]
 
 
-@pytest.mark.parametrize(
-    ("query", "status", "detail"),
-    [
-        ("devices=8&replicas=12", 400, "replicas 12 is not a multiple of devices 8"),
-        ("devices=8&nodes=3", 400, "nodes 3 does not divide devices 8"),
-        ("devices=4&replicas=8", 400, "replicas 8 < 12 experts"),
-        ("groups=5", 400, "groups 5 does not divide the 12 experts"),
-        ("devices=0", 400, "devices"),
-        ("replicas=65537", 400, "replicas"),
-        ("devices=x", 400, "devices"),
-        ("experts=4", 400, "experts"),
-        ("from=200&to=300", 404, "no expert loads in these steps"),
-    ],
-)
-def test_what_does_not_fit_is_refused(measured: Run, query: str, status: int, detail: str) -> None:
+REFUSED = [
+    ("devices=8&replicas=12", "replicas", "replicas 12 is not a multiple of devices 8"),
+    ("devices=8&nodes=3", "nodes", "nodes 3 does not divide devices 8"),
+    ("devices=4&replicas=8", "replicas", "replicas 8 < 12 experts"),
+    ("groups=5", "groups", "groups 5 does not divide the 12 experts"),
+    ("devices=0", "devices", "greater than or equal to 1"),
+    ("devices=4097", "devices", "less than or equal to 4096"),
+    ("replicas=65537", "replicas", "less than or equal to 65536"),
+    ("nodes=-1", "nodes", "greater than or equal to 1"),
+    ("devices=x", "devices", "a valid integer"),
+    ("from=20&to=10", "from", "from 20 is after to 10"),
+    ("to=99999999999", "to", "less than 2147483648"),
+]
+
+
+@pytest.mark.parametrize(("query", "parameter", "detail"), REFUSED)
+def test_what_does_not_fit_is_refused_with_its_name(measured: Run, client: Client, query: str, parameter: str, detail: str) -> None:
     answer = api(measured).get(f"/api/v1/runs/{measured.pk}/placement?{query}")
-    assert (answer.status_code, detail in answer.content.decode()) == (status, True), answer.content
+    assert answer.status_code == 400
+    [error] = answer.json()["errors"]
+    assert error["parameter"] == parameter and detail in error["detail"] and detail in answer.json()["detail"]
+    client.force_login(measured.owner)
+    page = client.get(f"/runs/{measured.pk}/panel/placement?{query}")
+    said = {number.name: number.error for number in page.context["numbers"]}
+    assert said.pop(parameter) == error["detail"] and not any(said.values())
+    typed = dict(part.split("=") for part in query.split("&"))
+    assert {number.name: number.value for number in page.context["numbers"] if number.value} == typed, "what was typed stays"
+    assert f'id="place-{parameter}-error" role="alert"' in page.content.decode() and "made" not in page.context
+
+
+def test_what_is_no_parameter_is_refused_and_steps_without_load_are_not_found(measured: Run, client: Client) -> None:
+    answer = api(measured).get(f"/api/v1/runs/{measured.pk}/placement?experts=4")
+    assert (answer.status_code, answer.json()["errors"][0]["parameter"]) == (400, "experts")
+    assert api(measured).get(f"/api/v1/runs/{measured.pk}/placement?from=200&to=300").status_code == 404
+    client.force_login(measured.owner)
+    assert 'role="alert">experts: ' in client.get(f"/runs/{measured.pk}/panel/placement?experts=4").content.decode()
+
+
+def test_as_many_places_as_there_are_experts_in_the_load(measured: Run) -> None:
+    Run.objects.filter(pk=measured.pk).update(n_experts=2 * E)  # what a run said of itself last need not be what it counted
+    assert api(measured).get(f"/api/v1/runs/{measured.pk}/placement").json()["replicas"] == E
 
 
 def test_too_many_slots_are_refused(measured: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("experiments.telemetry.placement.MAX_SLOTS", 20)
     answer = api(measured).get(f"/api/v1/runs/{measured.pk}/placement")
     assert answer.status_code == 400
-    assert "replicas 12 in 2 layers are 24 slots; the limit is 20" in answer.json()["detail"]
+    assert "replicas 12 in 2 layers are 24 slots; the limit is 20" in answer.json()["errors"][0]["detail"]
 
 
 def test_runs_without_loads_and_outsiders(run: Run) -> None:
@@ -117,8 +141,7 @@ def test_the_page_shows_who_holds_what(measured: Run, client: Client) -> None:
     made = place(sum_of(1, 10), 16, 4, 1, 4)
     assert [[expert for expert, _ in device["experts"]] for device in page.context["devices"]] == [made.on_device(1, device) for device in range(4)]
     assert '<option value="1" selected>3</option>' in page.content.decode()
-    assert "replicas 16 is not a multiple of devices 3" in client.get(f"/runs/{measured.pk}/panel/placement?devices=3&replicas=16").content.decode()
-    assert client.get(f"/runs/{measured.pk}/panel/placement?devices=x&layer=99&from=-1&to=99999999999").status_code == 200
+    assert "layer 99 &gt; 1" in client.get(f"/runs/{measured.pk}/panel/placement?layer=99").content.decode()
 
 
 def test_the_page_of_a_run_without_loads(run: Run, client: Client) -> None:

@@ -178,6 +178,9 @@ def test_a_run_without_a_step_exports_too(run: Run) -> None:
         "steps?scalars=nothing",
         "steps?tensors=nothing",
         "steps?layer=-1",
+        "steps?layer=2&tensors=expert_tokens",
+        "routing?layer=2",
+        "steps?from=10&to=9",
         "steps?from=99999999999",
         "steps?what=1",
         "routing?step=1&from=2",
@@ -194,6 +197,8 @@ def test_nonsense_is_refused_with_its_name(api: Client, told: Run, rest: str) ->
     answer = get(api, told, rest)
     assert answer.status_code == 400, answer.content
     assert answer.headers["Content-Type"] == "application/problem+json"
+    [error] = answer.json()["errors"]
+    assert f"{error['parameter']}=" in rest and error["detail"].startswith(error["parameter"])
 
 
 def test_others_see_nothing(told: Run) -> None:

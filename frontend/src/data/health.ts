@@ -1,0 +1,70 @@
+/** One line on how the router fares: what it did over the last steps up to the cursor, and whether that is as it should be. */
+import { metric, percent, whole } from "./format";
+import type { Snapshot } from "./snapshot";
+
+/** Steps that are looked at together: in a single batch an expert may go empty by chance. */
+export const WINDOW = 20;
+/** A layer is uneven where its busiest expert takes more than twice its fair share: the heatmap's first strong colour. */
+const UNEVEN = 2;
+/** It has collapsed where the busiest expert is more than half way from its fair share to all that it could take. */
+const COLLAPSED = 0.5;
+/** An expert that would have had fewer tokens than this at an even load is not called dead for having none. */
+const EXPECTED = 20;
+const DROPPED = 0.05;
+
+export interface Health {
+  kind: "good" | "warn" | "bad";
+  text: string;
+}
+
+interface Layer {
+  /** Row of the tensors. */
+  row: number;
+  busiest: number;
+  /** The busiest expert's load over the mean. */
+  ratio: number;
+  dead: number;
+}
+
+/** Of the rows in the window; null where they tell no counts. `layers` names the rows, `topK` experts take each token. */
+export function healthOf(rows: Snapshot[], layers: number[], topK: number): Health | null {
+  const told = rows.filter(({ tensors }) => tensors.expert_tokens);
+  const last = told.at(-1);
+  if (!last) return null;
+  const same = told.filter((row) => row.layers === last.layers && row.experts === last.experts);
+  const found = Array.from({ length: last.layers }, (_, row) => layerOf(same, row, last.experts));
+  if (!found.length || found.every(({ ratio }) => Number.isNaN(ratio))) return null;
+  const worst = found.reduce((a, b) => (b.ratio > a.ratio || Number.isNaN(a.ratio) ? b : a));
+  const name = ({ row }: Layer) => `layer ${layers[row] ?? row}`;
+  const most = last.experts / Math.max(topK, 1);
+  const collapsed = most > 1 && (worst.ratio - 1) / (most - 1) > COLLAPSED;
+  const dead = found.reduce((sum, layer) => sum + layer.dead, 0);
+  const deadest = found.reduce((a, b) => (b.dead > a.dead ? b : a));
+  const dropped = droppedShare(same);
+  const said = [
+    dead ? `${whole(dead)} of ${whole(last.layers * last.experts)} experts got no token${last.layers > 1 ? ` (${deadest.dead} in ${name(deadest)})` : ""}` : "every expert gets tokens",
+    `the busiest takes ${metric(worst.ratio)} × its fair share (expert ${worst.busiest} of ${name(worst)})`,
+    ...(dropped > DROPPED ? [`${percent(dropped)} of the assignments were dropped`] : []),
+  ];
+  const word = collapsed ? "has collapsed" : dead ? "leaves experts out" : worst.ratio > UNEVEN ? "is uneven" : dropped > DROPPED ? "drops tokens" : "is even";
+  const steps = same.length > 1 ? `steps ${whole(same[0].step)} to ${whole(last.step)}` : `step ${whole(last.step)}`;
+  return { kind: collapsed || dead ? "bad" : word === "is even" ? "good" : "warn", text: `Routing ${word} (${steps}): ${said.join("; ")}.` };
+}
+
+function layerOf(rows: Snapshot[], row: number, experts: number): Layer {
+  const sums = new Float64Array(experts);
+  for (const { tensors } of rows) for (let e = 0; e < experts; e++) sums[e] += tensors.expert_tokens![row * experts + e];
+  const mean = sums.reduce((sum, value) => sum + value, 0) / experts;
+  const max = Math.max(...sums);
+  return { row, busiest: sums.indexOf(max), ratio: mean ? max / mean : NaN, dead: mean >= EXPECTED ? sums.filter((value) => value === 0).length : 0 };
+}
+
+function droppedShare(rows: Snapshot[]): number {
+  let [dropped, all] = [0, 0];
+  for (const { tensors } of rows) {
+    if (!tensors.dropped) continue;
+    for (const value of tensors.dropped) dropped += value;
+    for (const value of tensors.expert_tokens!) all += value;
+  }
+  return all ? dropped / all : 0;
+}

@@ -1,0 +1,70 @@
+import { expect, test } from "vitest";
+import { healthOf } from "../src/data/health";
+import { Snapshots, type Snapshot } from "../src/data/snapshot";
+
+/** One step of [layer][expert] counts. */
+function row(step: number, counts: number[][], dropped?: number[][]): Snapshot {
+  const tensors = { expert_tokens: Uint32Array.from(counts.flat()), ...(dropped && { dropped: Uint32Array.from(dropped.flat()) }) };
+  return { step, layers: counts.length, experts: counts[0].length, tensors };
+}
+
+test("an even router is called even, with its busiest expert", () => {
+  const rows = [row(9, [[30, 30, 30, 30], [36, 28, 28, 28]]), row(10, [[30, 30, 30, 30], [36, 28, 28, 28]])];
+  expect(healthOf(rows, [1, 3], 1)).toEqual({
+    kind: "good",
+    text: "Routing is even (steps 9 to 10): every expert gets tokens; the busiest takes 1.2 × its fair share (expert 0 of layer 3).",
+  });
+});
+
+test("an expert that is empty in one batch is not dead; one that is empty in all of them is", () => {
+  const rows = [row(1, [[60, 20, 40, 0]]), row(2, [[0, 60, 60, 40]])];
+  expect(healthOf(rows, [0], 1)?.kind).toBe("good");
+  expect(healthOf(rows.slice(0, 1), [0], 1)).toEqual({
+    kind: "bad",
+    text: "Routing leaves experts out (step 1): 1 of 4 experts got no token; the busiest takes 2 × its fair share (expert 0 of layer 0).",
+  });
+  expect(healthOf([row(1, [[1, 0, 2, 1]])], [0], 1)?.kind, "one token each says nothing of the dead").toBe("good");
+});
+
+test("a layer has collapsed where one expert takes more than half of what it could beyond its share", () => {
+  expect(healthOf([row(1, [[260, 50, 50, 40]])], [0], 1)?.text).toMatch(/^Routing has collapsed \(step 1\): every expert gets tokens; the busiest takes 2.6 × /);
+  expect(healthOf([row(1, [[240, 60, 50, 50]])], [0], 1)).toMatchObject({ kind: "warn", text: expect.stringMatching(/^Routing is uneven/) });
+  expect(healthOf([row(1, [[100, 100]])], [0], 2)?.kind, "all experts take all tokens").toBe("good");
+});
+
+test("what capacity drops is said where it is more than a little", () => {
+  const counts = [[100, 100, 100, 100]];
+  expect(healthOf([row(1, counts, [[10, 10, 0, 0]])], [0], 1)?.kind).toBe("good");
+  expect(healthOf([row(1, counts, [[20, 10, 0, 0]])], [0], 1)).toEqual({
+    kind: "warn",
+    text: "Routing drops tokens (step 1): every expert gets tokens; the busiest takes 1 × its fair share (expert 0 of layer 0); 7.5 % of the assignments were dropped.",
+  });
+});
+
+test("without counts nothing is said, and rows of another shape are left out", () => {
+  expect(healthOf([], [0], 1)).toBeNull();
+  expect(healthOf([{ step: 1, layers: 1, experts: 4, tensors: {} }], [0], 1)).toBeNull();
+  expect(healthOf([row(1, [[0, 0]])], [0], 1)).toBeNull();
+  expect(healthOf([row(1, [[900, 0]]), row(2, [[30, 30, 30]])], [0], 1)?.text).toMatch(/^Routing is even \(step 2\)/);
+});
+
+test("the window ends at the cursor", () => {
+  const snapshots = new Snapshots();
+  snapshots.append(Array.from({ length: 30 }, (_, i) => row(i + 1, [[i]])));
+  expect(snapshots.upTo(25, 20).map(({ step }) => step)).toEqual(Array.from({ length: 20 }, (_, i) => i + 6));
+  expect(snapshots.upTo(3, 20)).toHaveLength(3);
+  expect(snapshots.upTo(31, 20)).toEqual([]);
+});
+
+test("the window reaches from the live rows into those that were fetched, and stops at a gap", () => {
+  const snapshots = new Snapshots();
+  const rows = (steps: number[]) => steps.map((step) => row(step, [[step]]));
+  snapshots.add(1, 40, rows([10, 20, 30, 40]));
+  snapshots.append(rows([50, 60]), 41); // reported every ten steps
+  expect(snapshots.upTo(60, 4).map(({ step }) => step)).toEqual([30, 40, 50, 60]);
+  expect(snapshots.upTo(60, 9)).toHaveLength(6);
+  const gap = new Snapshots();
+  gap.add(1, 40, rows([10, 20, 30, 40]));
+  gap.append(rows([90, 91]), 90);
+  expect(gap.upTo(91, 9).map(({ step }) => step)).toEqual([90, 91]);
+});
