@@ -4,7 +4,7 @@ Numerics of every Triton operation against float64, determinism over 40 repeats,
 `benchmarks.train_gpu`. Each part is a process of its own, so that one that crashes or hangs takes nothing else away: checks run side by side, as
 they wait for the compiler more than for the device, and then what is timed runs alone. Needs torch, triton and numpy alone, but for the whole step,
 which wants moelab with its extra `train`, and transformers; peers are measured where they are installed. The figures also go to
-benchmarks/results/gpu-DATE-DEVICE.json. Exit code 1 where a check fails, 3 without a device.
+benchmarks/results/gpu-DATE-DEVICE.json. Exit code 1 where a check fails, 3 without a device. Triton is imported only where there is one.
 """
 
 from __future__ import annotations
@@ -26,12 +26,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import gpu_layer, gpu_repeats, gpu_routing
-from benchmarks.kernels import TARGETS, benchmark
-
 RESULTS = Path(__file__).parent / "results"
 CHECKS_S, LAYERS_S, END_S = 200.0, 420.0, 575.0  # since the start: when checks, layers and the whole step are ended
-LEAST_S = 10.0  # what a part needs to be begun
+START_S = 10.0  # what a process needs until it has its device, and again to be worth it
 Part = Callable[[float], tuple[Any, list[str]]]  # of the seconds it has: figures, and what is not as it should be
 OURS = (
     "router",
@@ -48,6 +45,8 @@ OURS = (
 
 def checks() -> dict[str, Part]:
     """What is right or wrong."""
+    from benchmarks import gpu_layer, gpu_repeats, gpu_routing
+
     found: dict[str, Part] = {}
     for dtype in gpu_layer.MOST:
         for shape in gpu_layer.SHAPES:
@@ -65,10 +64,14 @@ def _untimed(work: Callable[[], tuple[Any, list[str]]], _seconds: float) -> tupl
 
 def layers() -> dict[str, Part]:
     """The layer of each shape against its peers."""
+    from benchmarks.kernels import TARGETS
+
     return {f"layer {i}": partial(_layer, i) for i in range(len(TARGETS))}
 
 
 def _layer(i: int, seconds: float) -> tuple[Any, list[str]]:
+    from benchmarks.kernels import TARGETS, benchmark
+
     measured = benchmark(list(TARGETS)[i], "cuda", seconds)
     return measured, broken(measured)
 
@@ -78,7 +81,7 @@ def broken(measured: dict[str, Any]) -> list[str]:
     rows = [(name, row) for part in ("layers", "parts") for name, row in measured[part].items()]
     ours = [(name, row) for name, row in rows if name.startswith("triton ") or name in OURS]
     failed = [f"{name} of {measured['shape']}: {row['error']}" for name, row in ours if "error" in row]
-    kept, most = measured["kept_bytes"].get("triton") or 0, measured["most_kept_bytes"]
+    kept, most = measured["kept_bytes"].get("triton", 0), measured["most_kept_bytes"]
     return failed + ([f"triton of {measured['shape']} keeps {kept} bytes for the backward pass, more than {most}"] if kept > most else [])
 
 
@@ -99,21 +102,21 @@ def parts() -> dict[str, Part]:
 def apart(name: str, until: float) -> tuple[Any, list[str]]:
     """A part in a process of its own, which is ended at `until` (of `time.monotonic`): its figures (None without) and failures."""
     seconds = until - time.monotonic()
-    if seconds < LEAST_S:
+    if seconds < 2 * START_S:
         return None, [f"{name}: not begun, no time was left"]
-    child = [sys.executable, "-m", "benchmarks.gpu", "--part", name, "--seconds", f"{seconds - LEAST_S / 2:.0f}"]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as errors:
-        try:
-            code = subprocess.run(child, stdout=said, stderr=errors, env=environment, timeout=seconds).returncode
-        except subprocess.TimeoutExpired:
-            return None, [f"{name}: not done after {seconds:.0f} s"]
-        said.seek(0)
-        errors.seek(0)
-        lines, complaints = said.read().splitlines(), errors.read().strip().splitlines()
-    if code or not lines:
-        return None, [f"{name}: exit code {code}: {complaints[-1] if complaints else 'without a word'}"[:500]]
-    figures, failures = json.loads(lines[-1])
+    with tempfile.TemporaryDirectory() as directory:
+        out, errors = Path(directory) / "out", Path(directory) / "errors"
+        child = [sys.executable, "-m", "benchmarks.gpu", "--part", name, "--seconds", f"{seconds - START_S:.0f}", "--out", str(out)]
+        with errors.open("w") as heard:
+            try:
+                code = subprocess.run(child, stdout=heard, stderr=heard, env=environment, timeout=seconds).returncode
+            except subprocess.TimeoutExpired:
+                return None, [f"{name}: not done after {seconds:.0f} s"]
+        if code or not out.exists():
+            complaints = errors.read_text(errors="replace").strip().splitlines()
+            return None, [f"{name}: exit code {code}: {complaints[-1] if complaints else 'without a word'}"[:500]]
+        figures, failures = json.loads(out.read_text())
     return figures, failures
 
 
@@ -130,6 +133,9 @@ def versions() -> dict[str, Any]:
 
 def collect(run: Callable[[str, float], tuple[Any, list[str]]] = apart) -> dict[str, Any]:
     """Every part's figures, the checks side by side and the rest one after the other, and all failures."""
+    from benchmarks.gpu_repeats import REPEATS
+    from benchmarks.kernels import TARGETS
+
     started = time.monotonic()
     found: dict[str, Any] = {}
     failures: list[str] = []
@@ -154,7 +160,7 @@ def collect(run: Callable[[str, float], tuple[Any, list[str]]] = apart) -> dict[
     peers: dict[str, str] = next((entry.pop("peers") for entry in measured if "peers" in entry), {})
     for entry in measured:
         entry.pop("peers", None)
-    figures = {"failures": failures, "errors": errors, "graph": found["graph"], "repeats": gpu_repeats.REPEATS}
+    figures = {"failures": failures, "errors": errors, "graph": found["graph"], "repeats": REPEATS}
     figures |= {"equal_repeats": found["equal repeats"], "benchmark": {"peers": peers, "shapes": measured}}
     return figures | {"training": found["training"] or {"skipped": "see failures"}, "seconds": round(time.monotonic() - started, 1)}
 
@@ -176,14 +182,15 @@ def check() -> int:
 
 
 def command(arguments: Sequence[str]) -> int:
-    """All parts, or one of them in this process, whose last line is its figures and failures as JSON."""
+    """All parts, or one of them in this process, which leaves its figures and failures as JSON in a file."""
     options = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
-    options.add_argument("--part", choices=parts())
+    options.add_argument("--part", help="of those that there are; with --out")
     options.add_argument("--seconds", type=float, default=120.0)
+    options.add_argument("--out", type=Path)
     given = options.parse_args(arguments)
     if given.part is None:
         return check()
-    print(json.dumps(parts()[given.part](given.seconds)))
+    given.out.write_text(json.dumps(parts()[given.part](given.seconds)))
     return 0
 
 

@@ -154,17 +154,14 @@ OURS: dict[str, peers.Run] = {
 }
 
 
-def kept_bytes(layer: Layer, runs: dict[str, peers.Run]) -> dict[str, int | None]:
-    """What each keeps on the device from the forward to the backward pass beside the layer's input and output; None for what does not run."""
-    found: dict[str, int | None] = {}
+def kept_bytes(layer: Layer, runs: dict[str, peers.Run]) -> dict[str, int]:
+    """What each keeps on the device from the forward to the backward pass, beside the layer's input and output."""
+    found: dict[str, int] = {}
     for name, run in runs.items():
-        try:
-            before = torch.cuda.memory_allocated()
-            y_TD = run(layer)
-            found[name] = torch.cuda.memory_allocated() - before - y_TD.nbytes
-            del y_TD
-        except Exception:  # why, its row among the layers says
-            found[name] = None
+        before = torch.cuda.memory_allocated()
+        y_TD = run(layer)
+        found[name] = torch.cuda.memory_allocated() - before - y_TD.nbytes
+        del y_TD
     return found
 
 
@@ -247,13 +244,13 @@ def verdict(shape: Shape, layers: dict[str, dict[str, Any]]) -> dict[str, dict[s
 
 def benchmark(shape: Shape, device: str, seconds: float) -> dict[str, Any]:
     """Of one shape: which peers there are, the layers against each other, the verdict, and the steps of ours, in about `seconds`."""
-    others, absent = peers.installed()
     started = time.monotonic()
+    others, absent = peers.installed()
     torch.manual_seed(0)
     layer = Layer.random(shape, device)
     layers = measure(contestants(shape, layer, others), started + seconds * 0.75)
     steps = measure(parts(shape, layer), started + seconds)
-    kept = kept_bytes(layer, OURS | others)
+    kept = kept_bytes(layer, {name: run for name, run in (OURS | others).items() if "error" not in layers[f"{name} forward+backward"]})
     said: dict[str, Any] = {"peers": {**dict.fromkeys(others, "measured"), **absent}, "shape": asdict(shape)}
     said |= {"kept_bytes": kept, "most_kept_bytes": shape.most_kept_bytes}
     return said | {"layers": layers, "verdict": verdict(shape, layers), "parts": steps, "clocks": clocks()}

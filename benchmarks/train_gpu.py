@@ -162,8 +162,8 @@ def take_turns(works: dict[str, Work], device: torch.device, rounds: int, until:
         try:
             for _ in range(WARM_UP):
                 work()
-        except (torch.OutOfMemoryError, RuntimeError, ImportError) as error:
-            errors[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        except Exception as error:  # whatever stops one of them is a figure of the others' too
+            errors[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
     running = {name: work for name, work in works.items() if name not in errors}
     times: dict[str, list[float]] = {name: [] for name in running}
     for done in range(rounds):

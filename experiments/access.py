@@ -116,8 +116,11 @@ def visible_projects(principal: Principal, role: str = Role.VIEWER) -> QuerySet[
         projects = projects.filter(pk=principal.project_id)
     if principal.user.is_superuser:
         return projects
-    enough = [name for name, rank in _RANK.items() if rank >= _RANK[Role(role)]]
-    return projects.filter(pk__in=Membership.objects.filter(user=principal.user, role__in=enough).values("project"))
+    return projects.filter(pk__in=Membership.objects.filter(user=principal.user, role__in=_at_least(role)).values("project"))
+
+
+def _at_least(role: str) -> list[str]:
+    return [name for name, rank in _RANK.items() if rank >= _RANK[Role(role)]]
 
 
 def visible_runs(principal: Principal, role: str = Role.VIEWER) -> QuerySet[Run]:
@@ -128,9 +131,18 @@ def visible_runs(principal: Principal, role: str = Role.VIEWER) -> QuerySet[Run]
 
 
 def projects_of_workers(token_ids: Iterable[int]) -> dict[int, frozenset[int]]:
-    """For each of these tokens that a worker could claim with today, the projects whose runs it would be offered."""
-    tokens = Token.objects.select_related("user").filter(_alive(), pk__in=token_ids, scopes__contains=[Scope.WORKER])
-    return {token.pk: frozenset(visible_projects(_speaking_through(token), Role.EDITOR).values_list("pk", flat=True)) for token in tokens}
+    """For each of these tokens that a worker could claim with today, the projects whose runs it would be offered: `visible_projects` as an editor.
+
+    In three queries, however many tokens there are: this is asked while claims wait.
+    """
+    tokens = list(Token.objects.select_related("user").filter(_alive(), pk__in=token_ids, scopes__contains=[Scope.WORKER]))
+    members = {token.user_id for token in tokens if not token.user.is_superuser}
+    editing: dict[int, set[int]] = {user_id: set() for user_id in members}
+    for user_id, project_id in Membership.objects.filter(user__in=members, role__in=_at_least(Role.EDITOR)).values_list("user_id", "project_id"):
+        editing[user_id].add(project_id)
+    everything = set(Project.objects.values_list("pk", flat=True)) if any(token.user.is_superuser for token in tokens) else set()
+    found = {token: everything if token.user.is_superuser else editing[token.user_id] for token in tokens}
+    return {token.pk: frozenset(ids if token.project_id is None else ids & {token.project_id}) for token, ids in found.items()}
 
 
 def roles_include(principal: Principal, project_id: int, role: str) -> bool:

@@ -83,6 +83,7 @@ class Nodes(Endpoint):
     @extend_schema(operation_id="list_nodes", responses=NodeList)
     def get(self, request: Request, run_id: int) -> Response:
         """Those of each attempt, the newest attempt first: which ranks were where, and how they ended."""
+        self.query(Query)
         return items([node_json(row) for row in nodes_of(self.run(run_id))])
 
 

@@ -130,6 +130,11 @@ class Run(models.Model):
         """Whether its state can never change again."""
         return self.state in TERMINAL
 
+    @property
+    def is_live(self) -> bool:
+        """Whether an attempt holds devices."""
+        return self.state in LIVE
+
 
 class Transition(models.Model):
     """One change of a run's state: who made it and why. The first row of a run has an empty `from_state`."""

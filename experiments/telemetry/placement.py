@@ -81,7 +81,7 @@ def loads(run: Run, first: int | None, last: int | None) -> Loads | None:
     try:
         at = read.zoom(facts, low, high, read.MAX_POINTS, ["expert_tokens"])
     except read.RangeError as error:
-        raise PlacementError("from", str(error)) from error
+        raise PlacementError("from", f"from {low} to {high}: {error.detail}") from error
     found = read.tensors(facts, "expert_tokens", at.level, at.low, at.high)
     if not len(found) or found.sums.ndim != 3 or not found.sums.any():
         return None

@@ -33,6 +33,7 @@ class RangeError(ValueError):
     def __init__(self, parameter: str, detail: str) -> None:
         super().__init__(f"{parameter}: {detail}")
         self.parameter = parameter
+        self.detail = detail
 
 
 @dataclass(frozen=True)

@@ -67,4 +67,34 @@ test("the window reaches from the live rows into those that were fetched, and st
   gap.add(1, 40, rows([10, 20, 30, 40]));
   gap.append(rows([90, 91]), 90);
   expect(gap.upTo(91, 9).map(({ step }) => step)).toEqual([90, 91]);
+  gap.append(rows([150]), 140); // the live rows have a gap themselves: what lies in it is not here
+  expect(gap.upTo(150, 9).map(({ step }) => step)).toEqual([150]);
+  expect(gap.at(91)?.step).toBe(91);
+  expect(gap.at(120)).toBeUndefined();
+});
+
+test("where a token's experts are most of all, unevenness and collapse begin earlier and later", () => {
+  expect(healthOf([row(1, [[1600, 800, 800, 800]])], [0], 2)).toMatchObject({ kind: "warn", text: expect.stringMatching(/^Routing is uneven/) });
+  expect(healthOf([row(1, [[65, 35]])], [0], 1)?.kind).toBe("good");
+  expect(healthOf([row(1, [[76, 24]])], [0], 1)?.kind).toBe("warn");
+  expect(healthOf([row(1, [[95, 30]])], [0], 1)?.text).toMatch(/^Routing is uneven/);
+  expect(healthOf([row(1, [[95, 5]])], [0], 1)?.text).toMatch(/^Routing has collapsed/);
+});
+
+test("a window without rows is here all the same, and is not asked for again", () => {
+  const snapshots = new Snapshots();
+  snapshots.add(1100, 1300, []);
+  expect(snapshots.holds(1203)).toBe(true);
+  expect(snapshots.at(1203)).toBeUndefined();
+  expect(snapshots.holds(1301)).toBe(false);
+});
+
+test("pictures are of the last row that told the tensor", () => {
+  const bare = (step: number): Snapshot => ({ step, layers: 1, experts: 1, tensors: {} });
+  const snapshots = new Snapshots();
+  snapshots.add(1, 10, [row(1, [[1]]), bare(2), row(10, [[10]])]);
+  snapshots.append([bare(11), bare(12)]);
+  const told = (step: number) => snapshots.told(step, "expert_tokens")?.step;
+  expect([told(12), told(10), told(9), told(2)]).toEqual([10, 10, 1, 1]);
+  expect(snapshots.told(12, "router_prob")).toBeUndefined();
 });

@@ -70,10 +70,16 @@ test("what was not told at a step is not there, and is no zero", () => {
   expect(whyNoCounts(store)).toBeUndefined();
   expect(layerRows(store).rows.map((row) => row[5])).toEqual(["–", "–"]);
   expect(readCell(store, { layer: 0, expert: 1, step: 3 }, undefined)).toBe("step 3 · layer 5 · expert 1 · 8 tokens · 100.0 % of the tokens · 2 × fair share");
-  store.setStep(2);
-  expect(whyNoCounts(store)).toBe("The trainer did not tell the experts' loads at step 2.");
-  expect(layerRows(store).rows).toEqual([]);
+  store.setStep(2); // pictures are of step 1, the last that told
+  expect(whyNoCounts(store)).toBeUndefined();
+  expect(layerRows(store).rows.map((row) => row[1])).toEqual(["4", "4"]);
   expect(readCell(store, { layer: 0, expert: 1, step: 2 }, undefined)).toBe("step 2 · layer 5 · expert 1 · tokens not told");
+
+  const never = new RunStore({ id: 1, attempt: 1, metric_names: [], moe_layers: [5], experts: 2 } as unknown as Run);
+  block.tensors.expert_tokens_n.data.fill(0);
+  never.applySteps(block);
+  expect(whyNoCounts(never)).toBe("The trainer did not tell the experts' loads at step 3.");
+  expect(layerRows(never).rows).toEqual([]);
 });
 
 test("a view says why its own fetch failed, and the others do not", () => {

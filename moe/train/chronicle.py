@@ -44,12 +44,18 @@ class Chronicle:
             cuda=self.ranks.device.type == "cuda",
             router_prob=spec.telemetry.router_prob,
             flops_per_token=self._price.flops_per_token.training,
-            peak_flop_per_s=telemetry.peak(spec.training.precision, self.ranks),
+            peak_flop_per_s=telemetry.peak(self._products(), self.ranks),
             mtp_weight=spec.model.mtp_weight if spec.model.mtp_depth else None,
         )
         self._spikes = SpikeDetector(spec.telemetry.spike_window, spec.telemetry.spike_threshold)
         self._vio_memory: deque[list[float]] = deque(maxlen=ROUTER_MEMORY_STEPS)
         self._seconds_per_step = 0.0
+
+    def _products(self) -> str:
+        """The precision of the run's products, in the words of `spec.peak.Peak`: "plain" for float32 that no Triton makes on matrix units."""
+        precision = self.spec.training.precision
+        on_triton = self.spec.model.moe is not None and implementations(self.spec, self.ranks.device)["expert_ffn"] == "triton"
+        return "plain" if precision == "float32" and not on_triton else precision
 
     # ----- what it remembers
 

@@ -137,6 +137,11 @@ class Learner:
         self._clock.mark("optimizer")
         return lm_loss, balance_loss, grad_norm, stats, mtp_loss
 
+    @property
+    def _takes_casts(self) -> bool:
+        """Whether experts take matrices that are cast already: on a CPU compiled ones cast for themselves, but for those beside an exchange."""
+        return self.ranks.device.type != "cpu" or not self.model.is_compiled or self.ranks.mesh is not None
+
     def _forward_backward(self, step: int, step_long: ExitStack) -> tuple[Tensor, Tensor, RoutingStats | None, Tensor | None]:
         """Leaves the gradients of the step's mean loss; returns mean losses and statistics of its micro-batches, detached.
 
@@ -150,7 +155,7 @@ class Learner:
             if self.ranks.shard:
                 sharded.reduce_in_backward(self.model, wanted=micro == micros - 1)
             self._clock.mark("data")
-            if micro == 0:
+            if micro == 0 and self._takes_casts:
                 step_long.enter_context(self.model.experts_cast(self.dtype, self._clock.laps))
             with self.autocast():
                 output = self.model(tokens_BS, targets_BS, self.batches.documents(tokens_BS), laps=self._clock.laps)

@@ -30,9 +30,9 @@ def is_sharded(name: str) -> bool:
 def shard(model: Transformer, size: int, device: torch.device, dtype: torch.dtype) -> None:
     """Cuts all weights but the experts' over the `size` ranks, in place, block by block; the rest of the model is a part of its own.
 
-    `dtype` is that of the products. In bfloat16 routers and vectors stay whole beside the blocks' matrices: autocast would keep a copy of
-    gathered float32 matrices until the backward pass. Gradients are added up and reduced in float32 either way. Collective. What is trained
-    must have been chosen before.
+    `dtype` is that of the products. In bfloat16 routers, vectors and biases (also those with a row for each expert of queries, whose gradients add
+    up tokens) stay whole beside the blocks' matrices: autocast would keep a copy of gathered float32 matrices until the backward pass. Gradients
+    are added up and reduced in float32 either way. Collective. What is trained must have been chosen before.
     """
     from torch.distributed.device_mesh import init_device_mesh  # only where it is asked for: it takes long to import
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -46,7 +46,7 @@ def shard(model: Transformer, size: int, device: torch.device, dtype: torch.dtyp
     whole = {
         parameter
         for name, parameter in model.named_parameters()
-        if is_sharded(name) or parameter.dim() < (2 if rounded else 1) or id(parameter) in exact
+        if is_sharded(name) or parameter.dim() < 1 or id(parameter) in exact or (rounded and (parameter.dim() < 2 or name.endswith("bias")))
     }
     policy = MixedPrecisionPolicy(dtype if rounded else None, torch.float32, cast_forward_inputs=False)  # the residual stream is float32
     for block in [*model.blocks, *(ahead.block for ahead in model.mtp)]:

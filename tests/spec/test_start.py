@@ -27,7 +27,7 @@ def spec(plain: dict[str, Any], **parts: Any) -> ExperimentSpec:
         ({"start": {"kind": "checkpoint", "run": 1, "path": "a"}}, "/start/run", "run and path are given"),
         ({"start": {"kind": "checkpoint", "path": ""}}, "/start/path", "empty"),
         ({"start": {"kind": "checkpoint", "run": 0}}, "/start/run", "greater than or equal to 1"),
-        ({"start": {"kind": "huggingface"}}, "/start/path", "required"),
+        ({"start": {"kind": "huggingface"}}, "/start/path", "missing"),
         ({"start": {"kind": "magic"}}, "/start/kind", "scratch, checkpoint, huggingface, upcycle"),
         ({**MOE, "start": {"kind": "upcycle", "huggingface": "a", "step": 1}}, "/start/step", "huggingface has none"),
         ({**MOE, "start": {"kind": "upcycle", "run": 1, "granularity": 2}}, "/start/granularity", "copy takes 1"),

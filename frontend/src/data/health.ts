@@ -4,10 +4,10 @@ import type { Snapshot } from "./snapshot";
 
 /** Steps that are looked at together: in a single batch an expert may go empty by chance. */
 export const WINDOW = 20;
-/** A layer is uneven where its busiest expert takes more than twice its fair share: the heatmap's first strong colour. */
-const UNEVEN = 2;
-/** It has collapsed where the busiest expert is more than half way from its fair share to all that it could take. */
-const COLLAPSED = 0.5;
+/** A layer is uneven where its busiest expert takes more than twice its fair share, the heatmap's first strong colour, or is a third of the way … */
+const UNEVEN = { ratio: 2, way: 1 / 3 };
+/** … from its fair share to all that it could take. It has collapsed where that expert is half way, or where few are to choose from, most of it. */
+const COLLAPSED = { way: 0.5, ofFew: 0.75, few: 3 };
 /** An expert that would have had fewer tokens than this at an even load is not called dead for having none. */
 const EXPECTED = 20;
 const DROPPED = 0.05;
@@ -37,7 +37,9 @@ export function healthOf(rows: Snapshot[], layers: number[], topK: number): Heal
   const worst = found.reduce((a, b) => (b.ratio > a.ratio || Number.isNaN(a.ratio) ? b : a));
   const name = ({ row }: Layer) => `layer ${layers[row] ?? row}`;
   const most = last.experts / Math.max(topK, 1);
-  const collapsed = most > 1 && (worst.ratio - 1) / (most - 1) > COLLAPSED;
+  const way = most > 1 ? (worst.ratio - 1) / (most - 1) : 0;
+  const collapsed = way > (most < COLLAPSED.few ? COLLAPSED.ofFew : COLLAPSED.way);
+  const uneven = worst.ratio > UNEVEN.ratio || way > UNEVEN.way;
   const dead = found.reduce((sum, layer) => sum + layer.dead, 0);
   const deadest = found.reduce((a, b) => (b.dead > a.dead ? b : a));
   const dropped = droppedShare(same);
@@ -46,7 +48,7 @@ export function healthOf(rows: Snapshot[], layers: number[], topK: number): Heal
     `the busiest takes ${metric(worst.ratio)} × its fair share (expert ${worst.busiest} of ${name(worst)})`,
     ...(dropped > DROPPED ? [`${percent(dropped)} of the assignments were dropped`] : []),
   ];
-  const word = collapsed ? "has collapsed" : dead ? "leaves experts out" : worst.ratio > UNEVEN ? "is uneven" : dropped > DROPPED ? "drops tokens" : "is even";
+  const word = collapsed ? "has collapsed" : dead ? "leaves experts out" : uneven ? "is uneven" : dropped > DROPPED ? "drops tokens" : "is even";
   const steps = same.length > 1 ? `steps ${whole(same[0].step)} to ${whole(last.step)}` : `step ${whole(last.step)}`;
   return { kind: collapsed || dead ? "bad" : word === "is even" ? "good" : "warn", text: `Routing ${word} (${steps}): ${said.join("; ")}.` };
 }

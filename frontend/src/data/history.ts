@@ -86,7 +86,7 @@ export class History {
   async snapshot(): Promise<void> {
     const { store } = this;
     const { experts, moe_layers: layers } = store.run;
-    if (!store.step || store.snapshots.at(store.step)) return;
+    if (!store.step || store.snapshots.holds(store.step)) return;
     const signal = this.fresh("snapshot");
     const span = chunkSteps(layers.length, experts, store.expertRanks);
     const from = Math.max(store.step - Math.ceil(span / 2), 1);

@@ -53,6 +53,10 @@ export class Snapshots {
   /** Rows that have just arrived, in order: all that there are from the step `from` on. */
   append(rows: Snapshot[], from = rows[0]?.step): void {
     if (!rows.length) return;
+    if (this.tail && from > this.tail.to + 1) {
+      this.chunks.push(this.tail);
+      this.tail = null;
+    }
     this.tail ??= { from, to: 0, rows: [], cells: 0 };
     for (const row of rows) {
       if (row.step <= this.tail.to) continue;
@@ -70,6 +74,23 @@ export class Snapshots {
     let found = chunk.rows[0];
     for (const row of chunk.rows) if (row.step <= step) found = row;
     return found;
+  }
+
+  /** The last row up to `step` that told the tensor `name`, among those that are here without a gap; else what `at` gives, if it did. */
+  told(step: number, name: string): Snapshot | undefined {
+    let to = step;
+    for (let chunk = this.covering(to); chunk; chunk = this.covering(to)) {
+      const found = chunk.rows.findLast((row) => row.step <= to && row.tensors[name]);
+      if (found) return found;
+      to = chunk.from - 1;
+    }
+    const row = this.at(step);
+    return row?.tensors[name] ? row : undefined;
+  }
+
+  /** Whether the steps around `step` are here, be there rows among them or not. */
+  holds(step: number): boolean {
+    return this.covering(step) !== undefined;
   }
 
   /** The last `n` rows up to `step`, or fewer: those that are here without a gap. */

@@ -57,9 +57,16 @@ function hear(message: LiveMessage): void {
 async function resync(fromStep: number): Promise<void> {
   if (fromStep <= store.lastStep) return load();
   socket.stop();
-  await history.fill(store.run.last_step);
-  await Promise.all([history.layer(), history.terms(), history.events()]);
+  await attempt("whole", history.fill(store.run.last_step));
+  listen();
+}
+
+function listen(): void {
   socket.connect();
+  void attempt("layer", history.layer());
+  void attempt("terms", history.terms());
+  void attempt("events", history.events());
+  atCursor();
 }
 
 /** Fetches everything before the live rows, then listens. */
@@ -68,11 +75,7 @@ async function load(): Promise<void> {
   store.clear();
   if (run.last_step) await attempt("whole", history.fill(store.run.last_step));
   byId("panel-live").setAttribute("aria-busy", "false");
-  socket.connect();
-  void attempt("layer", history.layer());
-  void attempt("terms", history.terms());
-  void attempt("events", history.events());
-  atCursor();
+  listen();
 }
 
 function atCursor(): void {

@@ -1,12 +1,12 @@
 /** Utilisation: the chosen layer's experts as bars against the fair share, at the chosen step. */
 import { deadCount, fairRatios, maxVio } from "../data/fair";
-import { metric } from "../data/format";
+import { metric, whole } from "../data/format";
 import type { RunStore } from "../data/store";
 import { initBehind } from "./behind";
 import { cssColour, currentTheme, indexOf, onThemeChange } from "./colour";
 import { byId, setText } from "./dom";
 import { perFrame, watchSize } from "./frame";
-import { layerRows, whyNoCounts } from "./reading";
+import { countsRow, layerRows, whyNoCounts } from "./reading";
 
 const HEIGHT = 216;
 const PAD = { left: 46, top: 10, bottom: 22 };
@@ -28,7 +28,7 @@ export function initBars(store: RunStore): void {
 }
 
 function layerRatios(store: RunStore): Float32Array | null {
-  const row = store.snapshots.at(store.step);
+  const row = countsRow(store);
   const tokens = row?.tensors.expert_tokens;
   if (!row || !tokens || store.layer >= row.layers) return null;
   const from = store.layer * row.experts;
@@ -101,7 +101,8 @@ function bars(context: CanvasRenderingContext2D, canvas: HTMLCanvasElement, stor
 
 function describe(canvas: HTMLCanvasElement, store: RunStore, ratios: Float32Array): void {
   const dead = deadCount(ratios);
-  const text = `MaxVio ${metric(maxVio(ratios))}${dead ? ` · ${dead} dead` : ""}`;
+  const step = countsRow(store)?.step ?? store.step;
+  const text = `${step === store.step ? "" : `step ${whole(step)} · `}MaxVio ${metric(maxVio(ratios))}${dead ? ` · ${dead} dead` : ""}`;
   setText(byId("bars").querySelector(".readout"), text);
-  canvas.setAttribute("aria-label", `Utilisation of the ${ratios.length} experts of layer ${store.run.moe_layers[store.layer]} at step ${store.step}: ${text}`);
+  canvas.setAttribute("aria-label", `Utilisation of the ${ratios.length} experts of layer ${store.run.moe_layers[store.layer]} at step ${step}: ${text}`);
 }

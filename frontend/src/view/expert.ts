@@ -2,10 +2,11 @@
 import type { RunStore } from "../data/store";
 import { byId, setText } from "./dom";
 import { LineChart } from "./lines";
+import { countsRow } from "./reading";
 
 /** Until the reader chooses, the page follows the most loaded expert of the layer. */
 function chooseFirst(store: RunStore): void {
-  const row = store.expert === null ? store.snapshots.at(store.step) : undefined;
+  const row = store.expert === null ? countsRow(store) : undefined;
   const tokens = row?.tensors.expert_tokens?.subarray(store.layer * row.experts, (store.layer + 1) * row.experts);
   if (!tokens?.length) return;
   store.setExpert(tokens.indexOf(Math.max(...tokens) as never));

@@ -49,6 +49,8 @@ export class LineChart {
   private shape = "";
   private drawing: Drawing | null = null;
   private readonly box: HTMLElement;
+  /** What stands in the chart's place until there is one. */
+  private readonly hint: string;
   private readonly readout: HTMLElement | null;
   private readonly size: { visible: () => boolean };
   readonly redraw: () => void;
@@ -59,6 +61,7 @@ export class LineChart {
     private readonly options: LineOptions,
   ) {
     this.box = figure.querySelector<HTMLElement>(".plot")!;
+    this.hint = this.box.dataset.empty ?? "";
     this.readout = figure.querySelector<HTMLElement>(".readout");
     this.redraw = perFrame(() => this.draw());
     this.size = watchSize(this.box, this.redraw);
@@ -71,7 +74,7 @@ export class LineChart {
     if (!this.size.visible() || !this.box.clientWidth) return;
     const drawing = (this.drawing = this.options.drawing());
     this.figure.classList.toggle("is-empty", !drawing);
-    this.box.dataset.empty = this.options.empty?.() ?? this.box.dataset.empty ?? "";
+    this.box.dataset.empty = this.options.empty?.() ?? this.hint;
     if (!drawing) return;
     const log = this.options.log?.() ?? false;
     const shape = `${drawing.lines.map((line) => line.label + line.colour).join()}/${Boolean(drawing.band)}/${log}`;

@@ -34,9 +34,14 @@ function cellParts(row: Snapshot, layer: number, expert: number): string[] {
   ];
 }
 
+/** The row that pictures of the experts' loads at the chosen step are of: the last that told them, as a trainer need not do at every step. */
+export function countsRow(store: RunStore): Snapshot | undefined {
+  return store.snapshots.told(store.step, "expert_tokens");
+}
+
 /** The chosen layer at the chosen step, an expert a row. */
 export function layerRows(store: RunStore): Rows {
-  const row = store.snapshots.at(store.step);
+  const row = countsRow(store);
   const head = ["expert", "tokens", "share", "× fair share", "probability", "dropped", "bias"];
   const tokens = row?.tensors.expert_tokens;
   if (!row || !tokens) return { head, rows: [] };
@@ -51,7 +56,8 @@ export function layerRows(store: RunStore): Rows {
 
 /** Why the experts' counts at the chosen step cannot be shown; undefined where they can, or where they are still on their way. */
 export function whyNoCounts(store: RunStore): string | undefined {
+  if (countsRow(store)) return undefined;
   const row = store.snapshots.at(store.step);
-  if (row) return row.tensors.expert_tokens ? undefined : `The trainer did not tell the experts' loads at step ${whole(row.step)}.`;
+  if (row) return `The trainer did not tell the experts' loads at step ${whole(row.step)}.`;
   return store.failures.get("snapshot");
 }

@@ -8,13 +8,15 @@ import { byId, readStored, setText, store as keep } from "./dom";
 import { perFrame, watchSize } from "./frame";
 import { Heatmap, drawLegend, type Cell, type Picture } from "./heatmap";
 import { initCells } from "./cells";
-import { layerRows, readCell, whyNoCounts, type Reading } from "./reading";
+import { countsRow, layerRows, readCell, whyNoCounts, type Reading } from "./reading";
 
 export type View = "layers" | "steps";
 
 export class Routing {
   view: View;
   readonly heatmap: Heatmap;
+  /** What stands in the picture's place until there is one. */
+  private readonly hint: string;
   /** The step under each column of the experts × steps view. */
   private steps: Float64Array = new Float64Array(0);
   private readonly out = byId("routing-readout");
@@ -24,6 +26,7 @@ export class Routing {
     this.view = (readStored("routing-view") as View) ?? "layers";
     const canvas = byId<HTMLCanvasElement>("routing-canvas");
     this.heatmap = new Heatmap(canvas);
+    this.hint = canvas.parentElement!.dataset.empty ?? "";
     const size = watchSize(canvas.parentElement!, () => this.redraw());
     this.redraw = perFrame(() => size.visible() && this.draw());
     store.on(["steps", "cursor", "snapshot", "layer", "range", "expert", "run", "failure"], this.redraw);
@@ -64,7 +67,7 @@ export class Routing {
 
   private layersPicture(): Picture | null {
     const { store } = this;
-    const row = store.snapshots.at(store.step);
+    const row = countsRow(store);
     const why = whyNoCounts(store);
     if (why) this.heatmap.canvas.parentElement!.dataset.empty = why;
     if (why) return null;
@@ -91,8 +94,7 @@ export class Routing {
     const { store } = this;
     const history = store.layerHistory;
     if (!history?.length) {
-      const { dataset } = this.heatmap.canvas.parentElement!;
-      dataset.empty = store.failures.get("layer") ?? dataset.empty ?? "";
+      this.heatmap.canvas.parentElement!.dataset.empty = store.failures.get("layer") ?? this.hint;
       return null;
     }
     const { from, to } = store.shown;
@@ -124,7 +126,7 @@ export class Routing {
 
   private reading(cell: Cell): Reading {
     const { store } = this;
-    if (this.view === "layers") return { layer: cell.row, expert: cell.column, step: store.step };
+    if (this.view === "layers") return { layer: cell.row, expert: cell.column, step: countsRow(store)?.step ?? store.step };
     return { layer: store.layer, expert: cell.row, step: this.steps[cell.column] ?? store.step };
   }
 
@@ -150,7 +152,7 @@ export class Routing {
       if (ratio > 2) over++;
       if (ratio === 0) dead++;
     }
-    const what = this.view === "layers" ? `layers by experts at step ${this.store.step}` : `experts by steps of layer ${this.store.run.moe_layers[this.store.layer]}`;
+    const what = this.view === "layers" ? `layers by experts at step ${countsRow(this.store)?.step}` : `experts by steps of layer ${this.store.run.moe_layers[this.store.layer]}`;
     this.heatmap.canvas.setAttribute("aria-label", `Routing heatmap, ${what}: ${picture.rows} rows, ${picture.columns} columns, ${over} cells above twice the fair share, ${dead} without tokens. Arrow keys read cells, Enter chooses the expert.`);
   }
 }

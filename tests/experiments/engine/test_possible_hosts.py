@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 from django.contrib.auth.models import User
+from django.db import connection
+from django.test.utils import CaptureQueriesContext
 
 from experiments.access import Principal, projects_of_workers, visible_runs
 from experiments.actions.now import after_now
@@ -67,7 +69,9 @@ class TestWhoMayBeAHost:
         people.user("ada", Project.default(), Role.EDITOR)
         runs = {project.pk: Run.objects.create(project=project, owner=ada, name="x") for project in (Project.default(), other)}
         tokens = [self.token(user, project=project) for user in (ada, root) for project in (None, Project.default(), other)]
-        known = projects_of_workers([token.pk for token in tokens])
+        with CaptureQueriesContext(connection) as queries:
+            known = projects_of_workers([token.pk for token in tokens])
+        assert len(queries) == 3  # whatever number of tokens
         for token in tokens:
             principal = Principal(token.user, frozenset(token.scopes), token.project_id, token.pk)
             offered = set(visible_runs(principal, Role.EDITOR).values_list("project_id", flat=True))

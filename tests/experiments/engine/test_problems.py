@@ -53,7 +53,8 @@ def test_a_parameter(ada: APIClient, run: Run, path: str, said: str) -> None:
 
 
 CLOSED = ["me", "presets", "presets/nano-mixtral", "projects", "schema/spec", "tokens", "workers", "runs", "runs/{run}"]
-CLOSED += [f"runs/{{run}}/{view}" for view in ("transitions", "checkpoints", "metrics", "export/metrics.csv", "steps", "logs", "events", "placement")]
+VIEWS = ("transitions", "checkpoints", "nodes", "metrics", "export/metrics.csv", "steps", "logs", "events", "placement")
+CLOSED += [f"runs/{{run}}/{view}" for view in VIEWS]
 
 
 @pytest.mark.parametrize("path", CLOSED)

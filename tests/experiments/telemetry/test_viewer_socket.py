@@ -142,9 +142,8 @@ async def test_a_picture_equals_the_store_whatever_happens_to_the_wires(make_run
                 await asyncio.sleep(0.1)
             async with socket(f"/ws/runs/{run.pk}/?{picture.place()}", token) as it:
                 for who, seen in ((it, picture), (always, steady)):
-                    whole = await sync_to_async(stored)(run)
-                    async with asyncio.timeout(10):
-                        while seen.steps != whole:
+                    async with asyncio.timeout(20):
+                        while seen.steps != await sync_to_async(stored)(run):
                             await sync_to_async(seen.apply)(await said(who), run.pk)
 
 

@@ -25,12 +25,15 @@ CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "recomputed, in two micro-batches": {"activation_recompute": True, "grad_accumulation": 2},
     "float32": {"precision": "float32"},
+    "attention's own experts, with biases": {},
 }
 
 
 def spec(case: str, *, shard: bool) -> ExperimentSpec:
     moe = {"n_experts": 4, "top_k": 2, "d_expert": 20, "n_shared": 1, "router": {"kind": "sigmoid_topk"}, "balance": [{"kind": "loss_free_bias"}]}
-    attention = {"kind": "gqa", "n_heads": 2, "n_kv_heads": 1, "sinks": True, "qk_norm": "head"}
+    attention: dict[str, Any] = {"kind": "gqa", "n_heads": 2, "n_kv_heads": 1, "sinks": True, "qk_norm": "head"}
+    if case.startswith("attention"):
+        attention = {"kind": "gqa", "n_heads": 2, "n_kv_heads": 1, "bias": True, "experts": {"n_experts": 4, "top_k": 2}}
     return tiny(
         model={"moe": moe, "attention": attention},
         optimizer={"schedule": "constant", "warmup_steps": 0, "lr": 1e-3},
