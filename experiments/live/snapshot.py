@@ -66,14 +66,18 @@ def position(run_id: int) -> tuple[int, int]:
 
 
 def missed(run_id: int, after: int, after_event: int) -> Missed:
-    """What has come after that step and that event."""
-    facts = Facts.fetch(run_id)
+    """What has come after that step and that event.
+
+    After a new attempt all later steps are void, also where it went on from beyond `after`: who was told to fetch may have fetched further.
+    """
+    # Before the facts: an attempt that starts in between is told of again next time.
     events = list(Event.objects.filter(run_id=run_id, id__gt=after_event).order_by("id")[:FILL_EVENTS])
+    facts = Facts.fetch(run_id)
     last_event = events[-1].pk if events else after_event
-    resumed = [event.body.get("resumed_from_step") or 0 for event in events if event.kind == "run_started"]
-    void_after = min([facts.last, *resumed])
+    started = [event.body for event in events if event.kind == "run_started" and event.body.get("attempt", 1) > 1]
+    void_after = min([facts.last, after, *(body.get("resumed_from_step") or 0 for body in started)])
     block, too_many = None, False
-    if void_after < after:
+    if void_after < after or started:
         return Missed(facts.last, void_after, last_event, None, True, [write.as_json(event) for event in events])
     if facts.last > after:
         kinds = rollup.kinds(run_id)

@@ -185,7 +185,10 @@ class _RunViewer(_Socket):
                 await subscription.news.wait()
 
     async def _pass_on(self, heard: Heard) -> None:
-        if heard.kind == "steps":
+        if heard.kind in ("steps", "late") and self._refetch_from is not None:
+            # Part of what the viewer is about to fetch: with later steps and without these, a broken connection would leave a hole for ever.
+            self._refetch(heard.first, heard.last)
+        elif heard.kind == "steps":
             if heard.last <= self._last:
                 return
             if heard.first > self._last + 1:
@@ -199,9 +202,7 @@ class _RunViewer(_Socket):
         elif heard.kind == "refetch":
             self._refetch(self._last + 1, int(heard.data))
         elif heard.kind == "rewind":
-            self._rewind(int(heard.data))
-            self._refetch_sent = 0.0
-            await self._say_what_is_due()
+            await self._rewind(int(heard.data), int(heard.data))
         elif heard.kind == "event":
             event = json.loads(heard.data)
             if event["id"] > self._last_event:
@@ -222,10 +223,17 @@ class _RunViewer(_Socket):
             self._refetch_from = first if self._refetch_from is None else min(first, self._refetch_from)
             self._last = max(self._last, last)
 
-    def _rewind(self, step: int) -> None:
-        """The steps after `step` have been archived: what the viewer has of them is void."""
-        self._refetch(step + 1, step + 1)
-        self._last = min(self._last, step)
+    async def _rewind(self, step: int, last: int) -> None:
+        """The steps after `step` have been archived: what the viewer has of them is void, and it fetches what there is, up to `last` or further.
+
+        Said at once, before the event that explains it: whoever has that one is not told again after a broken connection. Who has fetched goes on
+        from the event that it names.
+        """
+        first = min(step, self._last) + 1
+        self._refetch_from = first if self._refetch_from is None else min(first, self._refetch_from)
+        self._last = last
+        self._refetch_sent = 0.0
+        await self._say_what_is_due()
 
     async def _fill(self) -> None:
         """Sends what the store has beyond this viewer's place. Waits for a database that is away."""
@@ -236,16 +244,16 @@ class _RunViewer(_Socket):
                 break
             except DatabaseError:
                 await asyncio.sleep(RETRY_S)
+        self._last_event = max(self._last_event, missed.last_event)
         if missed.void_after is not None:
-            self._rewind(missed.void_after)
-        if missed.too_many:
+            await self._rewind(missed.void_after, missed.last)
+        elif missed.too_many or self._refetch_from is not None:
             self._refetch(self._last + 1, missed.last)
         elif missed.block is not None:
             await self.binary(missed.block)
             self._last = missed.last
         for event in missed.events:
             await self.text({"type": "event", "event": event})
-        self._last_event = max(self._last_event, missed.last_event)
         self._run_changed()
         if len(missed.events) >= snapshot.FILL_EVENTS:
             await self._fill()
@@ -254,7 +262,7 @@ class _RunViewer(_Socket):
         now = self._clock()
         if self._refetch_from is not None and now >= self._refetch_sent + REFETCH_EVERY_S:
             first, self._refetch_from, self._refetch_sent = self._refetch_from, None, now
-            await self.text({"type": "resync", "from_step": first})
+            await self.text({"type": "resync", "from_step": first, "last_event": self._last_event})
         if self._run_due is not None and now >= self._run_due:
             self._run_due, self._run_sent = None, now
             with contextlib.suppress(DatabaseError):

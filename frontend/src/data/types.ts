@@ -96,5 +96,5 @@ export type LiveMessage =
   | { type: "run"; run: Run }
   | { type: "event"; event: RunEvent }
   | { type: "log"; offset: number; text: string }
-  | { type: "resync"; from_step: number }
+  | { type: "resync"; from_step: number; last_event: number }
   | { type: "pong" };

@@ -48,7 +48,8 @@ const socket = new LiveSocket({
 
 function hear(message: LiveMessage): void {
   if (message.type === "hello") lastEvent = message.last_event;
-  if (message.type === "event") lastEvent = message.event.id;
+  if (message.type === "event") lastEvent = Math.max(lastEvent ?? 0, message.event.id);
+  if (message.type === "resync") lastEvent = Math.max(lastEvent ?? 0, message.last_event);
   if (message.type === "resync") void resync(message.from_step).catch(tellError);
   else store.applyMessage(message);
 }

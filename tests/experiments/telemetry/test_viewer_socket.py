@@ -14,7 +14,7 @@ from django.contrib.auth.models import User
 from django.test import Client
 
 from experiments.live import publish as publishing
-from experiments.live import viewer
+from experiments.live import snapshot, viewer
 from experiments.models import Membership, Project, Run
 from experiments.models.telemetry import Event
 from experiments.telemetry import read
@@ -199,6 +199,45 @@ async def test_too_much_at_once_is_fetched_not_pushed(run: Run, reading: tuple[b
         await said(sender)
         await send(sender, [started(), declared(), *(step(n, tensors=False) for n in range(1, 701))])
         assert (await until(it, "resync"))["from_step"] == 1
+
+
+async def test_steps_wait_behind_what_is_to_be_fetched(run: Run, reading: tuple[bytes, bytes]) -> None:
+    """Else a connection that breaks in between would leave a hole: the viewer's place would be behind it."""
+    async with socket(f"/ws/ingest/{run.pk}/?attempt=1", RUN_TOKEN) as sender, socket(f"/ws/runs/{run.pk}/?after=0", reading) as it:
+        await until(it, "hello")
+        await said(sender)
+        await send(sender, [started(), declared(), *(step(n, tensors=False) for n in range(1, 701))])
+        await until(it, "resync")
+        await send(sender, [step(n, tensors=False) for n in range(701, 1401)])
+        await send(sender, [step(1401)])
+        heard = []
+        while not heard or heard[-1]["type"] != "resync":
+            heard.append(await said(it))
+        assert heard[-1]["from_step"] == 701 and "steps" not in {frame["type"] for frame in heard}
+        await send(sender, [step(1402)])
+        assert (await until(it, "steps"))["step"] == [1402]
+
+
+async def test_a_new_attempt_voids_what_a_viewer_has_fetched_beyond_its_place(run: Run, reading: tuple[bytes, bytes]) -> None:
+    """Told to fetch, it may have more than its place says; and it is told before the event, so that no broken connection hides it."""
+    async with socket(f"/ws/ingest/{run.pk}/?attempt=1", RUN_TOKEN) as sender:
+        await said(sender)
+        await send(sender, [started(), declared(), *(step(n) for n in range(1, 25))])
+    _, first = await sync_to_async(snapshot.position)(run.pk)
+    await Run.objects.filter(pk=run.pk).aupdate(attempt=2, attempt_token_sha256s=[*run.attempt_token_sha256s, *run.attempt_token_sha256s])
+    async with socket(f"/ws/ingest/{run.pk}/?attempt=2", RUN_TOKEN) as sender:
+        await said(sender)
+        await send(sender, [started(2, 15), declared(), *(step(n, salt=2) for n in range(16, 31))], 2)
+        _, newest = await sync_to_async(snapshot.position)(run.pk)
+        async with socket(f"/ws/runs/{run.pk}/?after=12&event={first}", reading) as it:
+            await until(it, "hello")
+            assert await said(it) == {"type": "resync", "from_step": 13, "last_event": newest}
+            assert (await said(it))["event"]["attempt"] == 2
+        async with socket(f"/ws/runs/{run.pk}/?after=30&event={newest}", reading) as it:
+            await until(it, "hello")
+            await send(sender, [step(31, salt=2)], 2)
+            heard = [await said(it) for _ in range(2)]
+            assert "resync" not in {frame["type"] for frame in heard} and [31] in [frame.get("step") for frame in heard]
 
 
 async def test_events_log_and_run_arrive(run: Run, reading: tuple[bytes, bytes]) -> None:
