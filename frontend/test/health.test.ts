@@ -26,10 +26,24 @@ test("an expert that is empty in one batch is not dead; one that is empty in all
   expect(healthOf([row(1, [[1, 0, 2, 1]])], [0], 1)?.kind, "one token each says nothing of the dead").toBe("good");
 });
 
-test("a layer has collapsed where one expert takes more than half of what it could beyond its share", () => {
-  expect(healthOf([row(1, [[260, 50, 50, 40]])], [0], 1)?.text).toMatch(/^Routing has collapsed \(step 1\): every expert gets tokens; the busiest takes 2.6 × /);
-  expect(healthOf([row(1, [[240, 60, 50, 50]])], [0], 1)).toMatchObject({ kind: "warn", text: expect.stringMatching(/^Routing is uneven/) });
+test("a layer has collapsed where it works as if it had fewer than half of the experts beyond those of each token", () => {
+  expect(healthOf([row(1, [[30, 30, 30, 30], [300, 100, 0, 0]])], [2, 5], 1)).toEqual({
+    kind: "bad",
+    text:
+      "Routing has collapsed (step 1): 2 of 8 experts got no token (2 in layer 5); the busiest takes 3 × its fair share (expert 0 of layer 5); " +
+      "layer 5 works as if it had 1.8 of 4 experts.",
+  });
+  expect(healthOf([row(1, [[290, 40, 40, 30]])], [0], 1)?.text).toMatch(/^Routing has collapsed \(step 1\): every expert gets tokens; .* 2\.4 of 4 /);
+  expect(healthOf([row(1, [[260, 50, 50, 40]])], [0], 1)).toMatchObject({ kind: "warn", text: expect.stringMatching(/^Routing is uneven/) });
   expect(healthOf([row(1, [[100, 100]])], [0], 2)?.kind, "all experts take all tokens").toBe("good");
+  expect(healthOf([row(1, [[7, 7, 7, 7, 7, 7, 7]])], [0], 7)?.kind, "whatever the entropy's rounding").toBe("good");
+});
+
+test("one expert that most tokens have beside others is busy, and no collapse", () => {
+  const shared = [row(1, [[680, 190, 190, 190, 190, 190, 190, 180]])]; // of 1,000 tokens, two for each: 6.9 experts in effect
+  expect(healthOf(shared, [0], 2)).toMatchObject({ kind: "warn", text: expect.stringMatching(/^Routing is uneven .* takes 2\.72 × /) });
+  const pair = [row(1, [[900, 800, 50, 50, 50, 50, 50, 50]])];
+  expect(healthOf(pair, [0], 2)?.text).toMatch(/^Routing has collapsed .*; layer 0 works as if it had 3\.6 of 8 experts\.$/);
 });
 
 test("what capacity drops is said where it is more than a little", () => {

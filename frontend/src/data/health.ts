@@ -4,10 +4,13 @@ import type { Snapshot } from "./snapshot";
 
 /** Steps that are looked at together: in a single batch an expert may go empty by chance. */
 export const WINDOW = 20;
-/** A layer is uneven where its busiest expert takes more than twice its fair share, the heatmap's first strong colour, or is a third of the way … */
+/**
+ * A layer is uneven where its busiest expert takes more than twice its fair share, the heatmap's first strong colour, or is a third of the way to
+ * all that it could take.
+ */
 const UNEVEN = { ratio: 2, way: 1 / 3 };
-/** … from its fair share to all that it could take. It has collapsed where that expert is half way, or where few are to choose from, most of it. */
-const COLLAPSED = { way: 0.5, ofFew: 0.75, few: 3 };
+/** It has collapsed where it works as if it had fewer experts than half way from the k of each token to all: a busy one among others is no collapse. */
+const COLLAPSED = 0.5;
 /** An expert that would have had fewer tokens than this at an even load is not called dead for having none. */
 const EXPECTED = 20;
 const DROPPED = 0.05;
@@ -23,6 +26,8 @@ interface Layer {
   busiest: number;
   /** The busiest expert's load over the mean. */
   ratio: number;
+  /** Experts that it works as if it had: exp of the loads' entropy. All where the loads are equal, k where every token goes to the same k. */
+  effective: number;
   dead: number;
 }
 
@@ -38,7 +43,8 @@ export function healthOf(rows: Snapshot[], layers: number[], topK: number): Heal
   const name = ({ row }: Layer) => `layer ${layers[row] ?? row}`;
   const most = last.experts / Math.max(topK, 1);
   const way = most > 1 ? (worst.ratio - 1) / (most - 1) : 0;
-  const collapsed = way > (most < COLLAPSED.few ? COLLAPSED.ofFew : COLLAPSED.way);
+  const narrowest = found.reduce((a, b) => (b.effective < a.effective || Number.isNaN(a.effective) ? b : a));
+  const collapsed = most > 1 && narrowest.effective < topK + COLLAPSED * (last.experts - topK);
   const uneven = worst.ratio > UNEVEN.ratio || way > UNEVEN.way;
   const dead = found.reduce((sum, layer) => sum + layer.dead, 0);
   const deadest = found.reduce((a, b) => (b.dead > a.dead ? b : a));
@@ -46,6 +52,7 @@ export function healthOf(rows: Snapshot[], layers: number[], topK: number): Heal
   const said = [
     dead ? `${whole(dead)} of ${whole(last.layers * last.experts)} experts got no token${last.layers > 1 ? ` (${deadest.dead} in ${name(deadest)})` : ""}` : "every expert gets tokens",
     `the busiest takes ${metric(worst.ratio)} × its fair share (expert ${worst.busiest} of ${name(worst)})`,
+    ...(collapsed ? [`${name(narrowest)} works as if it had ${narrowest.effective.toFixed(1)} of ${whole(last.experts)} experts`] : []),
     ...(dropped > DROPPED ? [`${percent(dropped)} of the assignments were dropped`] : []),
   ];
   const word = collapsed ? "has collapsed" : dead ? "leaves experts out" : uneven ? "is uneven" : dropped > DROPPED ? "drops tokens" : "is even";
@@ -56,9 +63,11 @@ export function healthOf(rows: Snapshot[], layers: number[], topK: number): Heal
 function layerOf(rows: Snapshot[], row: number, experts: number): Layer {
   const sums = new Float64Array(experts);
   for (const { tensors } of rows) for (let e = 0; e < experts; e++) sums[e] += tensors.expert_tokens![row * experts + e];
-  const mean = sums.reduce((sum, value) => sum + value, 0) / experts;
-  const max = Math.max(...sums);
-  return { row, busiest: sums.indexOf(max), ratio: mean ? max / mean : NaN, dead: mean >= EXPECTED ? sums.filter((value) => value === 0).length : 0 };
+  const all = sums.reduce((sum, value) => sum + value, 0);
+  const [mean, max] = [all / experts, Math.max(...sums)];
+  const entropy = sums.reduce((sum, value) => (value ? sum - (value / all) * Math.log(value / all) : sum), 0);
+  const dead = mean >= EXPECTED ? sums.filter((value) => value === 0).length : 0;
+  return { row, busiest: sums.indexOf(max), ratio: mean ? max / mean : NaN, effective: mean ? Math.exp(entropy) : NaN, dead };
 }
 
 function droppedShare(rows: Snapshot[]): number {
