@@ -40,7 +40,7 @@ def loss(term: BalanceTerm, decision: Decision, count_E: Tensor, batch: int, moe
         case "switch_aux":
             return switch_aux(mean_prob(decision), count_E if term.choices == "all" else counts(decision.expert_TK[:, :1], len(count_E)))
         case "sequence_aux":
-            return sequence_aux(prob_TE, decision.expert_TK, batch)
+            return sequence_aux(prob_TE, preferred(decision, moe), batch)
         case "device_aux":
             return device_aux(mean_prob(decision), count_E, term.n_devices)
         case "communication_aux":
@@ -109,8 +109,22 @@ def devices_per_token(router: Router, top_k: int, n_devices: int) -> int:
     return min(top_k, n_devices)
 
 
+def preferred(decision: Decision, moe: Moe) -> Tensor:
+    """int64[T, K]: the experts of the token's highest scores among all, which f counts in DeepSeek-V3's eq. 18; the choice itself where neither a
+    selection bias nor groups change it.
+
+    With the choice in their place the term would see the loads that the bias has evened out, and leave the scores alone.
+    """
+    if bias_update_rate(moe.balance) is None and moe.router.top_groups == moe.router.n_groups:
+        return decision.expert_TK
+    return router_naive.top_k(decision.prob_TE.detach(), moe.top_k)
+
+
 def sequence_aux(prob_TE: Tensor, expert_TK: Tensor, batch: int) -> Tensor:
-    """Mean over sequences of sum_i f_i P_i, f_i = E n_i / sum n, both within the sequence (DeepSeek-V3, eq. 17-20)."""
+    """Mean over sequences of sum_i f_i P_i, f_i = E n_i / sum n, both within the sequence (DeepSeek-V3, eq. 17-20).
+
+    n counts `expert_TK`, in the paper the experts of the highest scores (`preferred`).
+    """
     n_experts = prob_TE.shape[-1]
     prob_BE = prob_TE.unflatten(0, (batch, -1)).mean(1)
     expert_BR = expert_TK.reshape(batch, -1)

@@ -34,7 +34,7 @@ class CommunicationAux(Part):
 
 
 class SequenceAux(Part):
-    """The product of switch_aux within each sequence, on scores normalised to sum to one (DeepSeek-V3, eq. 17-20)."""
+    """The product of switch_aux within each sequence, on scores normalised to sum to one and without selection bias (DeepSeek-V3, eq. 17-20)."""
 
     kind: Literal["sequence_aux"] = "sequence_aux"
     coefficient: float = field(1e-4, "Weight of the term in the loss.", ge=0, le=100)

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 from torch import Tensor
 
+from kernels import router_naive
 from moe import balance
 from moe.balance_global import GlobalBalance
+from moe.router import rule
 from moe.routing import Decision, Noise
 from spec import balance as terms
 from spec.moe import Moe
@@ -75,6 +77,29 @@ def test_sequence_loss_is_the_mean_over_sequences_of_the_formula(unplaced):
     rows = [range(b * 8, b * 8 + 8) for b in range(3)]
     wanted = sum(6 * np.dot(shares(decision, row), mean_prob(decision, row)) for row in rows) / 3
     assert math.isclose(value(terms.SequenceAux(), decision, 3).item(), wanted, rel_tol=1e-9)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_sequence_loss_counts_the_highest_scores_whatever_bias_and_groups_made_of_them(groups):
+    torch.manual_seed(1)
+    score = torch.rand(24, 6, dtype=torch.float64)
+    moe = Moe(
+        n_experts=6,
+        top_k=2,
+        router=Router(kind="sigmoid_topk", n_groups=groups),
+        balance=[terms.LossFreeBias(), terms.SequenceAux()] if groups == 1 else [terms.SequenceAux()],
+    )
+    routed = router_naive.route(score.logit(), torch.linspace(-1, 1, 6) if groups == 1 else None, rule(moe.router, 2, biased=groups == 1))
+    decision = Decision(score.logit(), **routed._asdict())
+    highest = [sorted(range(6), key=lambda i: -float(score[t, i]))[:2] for t in range(24)]
+    assert highest != decision.expert_TK.tolist()
+    wanted = 0.0
+    for b in range(3):
+        for i in range(6):
+            f = 6 / (2 * 8) * sum(i in highest[t] for t in range(8 * b, 8 * b + 8))
+            wanted += f * sum(float(score[t, i] / score[t].sum()) for t in range(8 * b, 8 * b + 8)) / 8 / 3
+    found = balance.loss(terms.SequenceAux(), decision, balance.counts(decision.expert_TK, 6), 3, moe)
+    assert math.isclose(found.item(), wanted, rel_tol=1e-9)
 
 
 def test_sequence_loss_of_one_sequence_is_the_switch_loss():
