@@ -72,7 +72,13 @@ class LossFreeBias(Part):
     """Experts are selected by score + b and weighed by score; b_i += u * sign(mean(c) - c_i) (Wang 2024)."""
 
     kind: Literal["loss_free_bias"] = "loss_free_bias"
-    update_rate: float = field(1e-3, "u: the change of an expert's bias in one optimiser step.", gt=0, le=1)
+    update_rate: float = field(
+        1e-3,
+        "u: the change of an expert's bias in one optimiser step. It must keep up with the router: 0.001 goes with long runs at rates near 2e-4 "
+        "(DeepSeek-V3), and is far too slow for some hundred steps at 3e-3.",
+        gt=0,
+        le=1,
+    )
 
 
 BalanceLoss = SwitchAux | DeviceAux | CommunicationAux | SequenceAux | GlobalAux | ImportanceCv2 | LoadCv2 | ZLoss

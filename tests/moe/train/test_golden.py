@@ -71,6 +71,17 @@ def test_a_preset_has_the_losses_it_always_had_and_the_same_when_activations_are
     assert losses(learner(name, recompute=True), STEPS_AGAIN) == plain[:STEPS_AGAIN]
 
 
+def test_the_selection_bias_of_deepseek_v3_keeps_up_with_its_router() -> None:
+    """Every MoE layer works as if it had more than half of the experts between the k of a token and all; at the rate of the full size none does."""
+    torch.set_num_threads(1)
+    learning = learner("nano-deepseek-v3")
+    steps = [learning.train_step(step, lambda: (False, False)).figures.tokens_LE for step in range(1, STEPS + 1)]
+    tokens_LE = np.sum(steps[STEPS // 2 :], axis=0, dtype=np.float64)
+    share_LE = tokens_LE / tokens_LE.sum(1, keepdims=True)
+    effective_L = np.exp(-np.where(share_LE > 0, share_LE * np.log(np.maximum(share_LE, 1e-12)), 0).sum(1))
+    assert effective_L.shape == (4,) and effective_L.min() > (4 + 32) / 2
+
+
 def test_every_preset_has_its_losses_and_no_other_has() -> None:
     assert sorted(json.loads(GOLDEN.read_text())) == sorted(NANO)
 
