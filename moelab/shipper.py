@@ -64,7 +64,7 @@ class Shipper:
         self._url, self._token, self._boxes, self._log = url, token, boxes, log
         self._on_command, self._on_hosts = on_command, on_hosts
         self._own = boxes[-1]
-        self._said: list[str] = []
+        self._said: dict[str, tuple[int, str]] = {}
         self._last_word = ""
         self._last_seq: int | None = None
         self._log_sent = self._log_acked = 0
@@ -112,8 +112,9 @@ class Shipper:
         self._last_seq = last_seq
 
     def say(self, message: Mapping[str, Any]) -> None:
-        """Sends a text frame now, and again at each new connection."""
-        self._said.append(json.dumps(message))
+        """Sends a text frame now, and again at each new connection. Of each `type` only the last one is kept."""
+        number = 1 + max((number for number, _ in self._said.values()), default=0)
+        self._said[message["type"]] = (number, json.dumps(message))
 
     def leave(self, message: Mapping[str, Any]) -> None:
         """Sends a text frame once the whole log has been sent. The server answers `fenced`, which ends `run`."""
@@ -190,7 +191,7 @@ class Shipper:
             if polls % LOG_EVERY_POLLS == 0 or self._last_seq is not None:
                 whole_log = await self._send_log(socket)
                 if whole_log and self._last_word:
-                    self._said.append(self._last_word)
+                    self.say(json.loads(self._last_word))
                     self._last_word = ""
             # The run's last record ends the conversation, so the log goes before it.
             payloads = self._own.next_payloads() if whole_log or self._last_seq is None else []
@@ -203,10 +204,11 @@ class Shipper:
                 await asyncio.sleep(wait_s)
 
     async def _tell(self, socket: ClientConnection, said: int) -> int:
-        """Sends what is to be said beside the records, from the `said`-th on; how much that was in all."""
-        for message in self._said[said:]:
-            await socket.send(message)
-            said += 1
+        """Sends what is to be said beside the records and has a number above `said`; the last number."""
+        for number, message in sorted(self._said.values()):
+            if number > said:
+                await socket.send(message)
+                said = number
         return said
 
     async def _send_log(self, socket: ClientConnection) -> bool:

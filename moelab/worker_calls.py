@@ -11,9 +11,11 @@ from moelab.calls import Calls, Json, as_json
 class WorkerCalls(Calls):
     """Saying that one is there, taking work, and answering."""
 
-    def hello(self, *, name: str, host: str, pid: int, version: str, devices: Sequence[Mapping[str, Any]], slots: int) -> int:
+    def hello(self, *, name: str, host: str, pid: int, version: str, devices: Sequence[Mapping[str, Any]], slots: int, storage: str = "") -> int:
         """Registers this host, which is also its sign of life; returns the worker's id."""
         body = {"name": name, "host": host, "pid": pid, "version": version, "devices": list(devices), "slots": slots}
+        if storage:
+            body["storage"] = storage
         return int(self._post("/worker/hello", body)["worker"])
 
     def claim(self, *, worker: int, free_slots: int, free_devices: Sequence[str]) -> Json | None:

@@ -17,6 +17,7 @@ from moelab.redis_url import celery_broker
 from workers import canary
 from workers.launch import LaunchError
 from workers.look_for_work import look_for_work, worker_name
+from workers.storage import check_storage
 from workers.tenant import sole_worker
 
 QUEUE = "work"
@@ -69,7 +70,8 @@ def answer_bell() -> None:
 
 
 def start_worker() -> None:
-    """Consumes until it is stopped, or until it finds itself deaf (workers.canary). Raises HomeInUseError."""
+    """Consumes until it is stopped, or until it finds itself deaf (workers.canary). Raises HomeInUseError, and ValueError for MOELAB_CHECKPOINTS."""
+    check_storage()
     canary.install(app)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     name = f"{worker_name()}@%h"

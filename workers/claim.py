@@ -8,21 +8,37 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field
 
 from moelab.connection import find_server
+from spec.storage import Folder, Place
+
+
+class Held(BaseModel):
+    """A checkpoint of the run's that counts: the SHA-256 of its manifest, and its place in this worker's storage, if it is there."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    attempt: int = Field(ge=1)
+    step: int = Field(ge=0)
+    sha256: str
+    place: Place | None = None
 
 
 class Start(BaseModel):
-    """A checkpoint of another run that a run begins from."""
+    """A checkpoint of another run that a run begins from. `sha256` and `place` are as in Held, where the server knows the checkpoint."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     run: int = Field(ge=1)
     step: int = Field(ge=0)
+    sha256: str = ""
+    place: Place | None = None
 
 
 class Claim(BaseModel):
     """A run, the attempt at it that this host may make, and the token for that attempt's telemetry.
 
-    Of `nodes` hosts that share the run this is number `node`; its ranks follow those of the hosts before it.
+    Of `nodes` hosts that share the run this is number `node`; its ranks follow those of the hosts before it. `resume_from` becomes the run's
+    own first checkpoint, `start` is what its spec takes weights from. `trained` is the last attempt that trained, `stored_as` the run's folder
+    in a storage.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -35,6 +51,10 @@ class Claim(BaseModel):
     node: int = Field(0, ge=0)
     nodes: int = Field(1, ge=1)
     resume_from: Start | None = None
+    start: Start | None = None
+    checkpoints: list[Held] = Field(default_factory=list)
+    trained: int = Field(0, ge=0)
+    stored_as: Folder = ""
     ingest_url: str
 
     def socket_url(self) -> str:

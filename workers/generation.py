@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,8 +25,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from moelab.client import ApiError, Client, ServerUnreachable
 from moelab.home import home
+from spec.storage import Place
 from spec.text import storable_text
 from workers.detach import detach
+from workers.fetch import DISK_FULL, THERE, Fetch, Wanted
 from workers.linux import die_with_parent
 from workers.ranks import SECRETS
 
@@ -34,6 +37,9 @@ _TELL_S = 60.0
 _LOOK_S = 0.1
 _GONE, _CONFLICT, _TOO_LARGE, _INVALID = 404, 409, 413, 422
 _NOT_HERE = 66
+_DISK_FULL = {"outcome": "failed", "reason": "disk_full", "detail": "the disk of the host that fetched the checkpoint is full"}
+FETCHED = "fetched"
+"""In MOELAB_HOME: checkpoints of runs that this host does not train, the last two of them."""
 _REASON_OF_CODE = {64: "config_invalid", 71: "oom", 74: "disk_full"}
 
 logger = logging.getLogger("workers.generation")
@@ -52,14 +58,21 @@ class Offer(BaseModel):
     prompt: str
     parameters: dict[str, int | float]
     heartbeat_s: float = Field(gt=0)
+    place: Place | None = None
+    spec: dict[str, Any] | None = None
 
     @property
     def run_dir(self) -> Path:
-        return home() / "runs" / str(self.run)
+        """The run's directory, or what was fetched in its stead."""
+        own = home() / "runs" / str(self.run)
+        return own if self.place is None or self._lies_in(own) else home() / FETCHED / self.place.rpartition("/")[0].replace("/", ".")
 
     def is_here(self) -> bool:
         """Whether this host has the very checkpoint: the same manifest, not only the same number of a run and a step."""
-        manifest = self.run_dir / "checkpoints" / f"step-{self.step:08d}" / "MANIFEST.json"
+        return self._lies_in(self.run_dir)
+
+    def _lies_in(self, run_dir: Path) -> bool:
+        manifest = run_dir / "checkpoints" / f"step-{self.step:08d}" / "MANIFEST.json"
         try:
             return hashlib.sha256(manifest.read_bytes()).hexdigest() == self.sha256
         except OSError:
@@ -67,10 +80,10 @@ class Offer(BaseModel):
 
 
 def take(client: Client, worker: int) -> Offer | None:
-    """The next generation whose checkpoint is on this host, or None; the others go back. Raises ApiError, ServerUnreachable."""
+    """The next generation whose checkpoint is on this host or in its storage, or None; the others go back. Raises ApiError, ServerUnreachable."""
     while (told := client.claim_generation(worker=worker)) is not None:
         offer = Offer.model_validate(told)
-        if offer.is_here():
+        if offer.is_here() or offer.place is not None:
             return offer
         client.answer_generation(offer.generation, attempt=offer.attempt, outcome="not_here")
     return None
@@ -100,6 +113,12 @@ def answering() -> int | None:
 
 def answer(client: Client, offer: Offer) -> None:
     """Runs the generation and tells how it went, unless somebody else has it by then. Raises ApiError, ServerUnreachable."""
+    if not offer.is_here():
+        code = _fetched(client, offer)
+        if code != THERE:
+            if code is not None:
+                _tell(client, offer, _DISK_FULL if code == DISK_FULL else {"outcome": "not_here"})
+            return
     with tempfile.TemporaryDirectory(prefix="moelab-generation-") as scratch:
         out, log = Path(scratch) / "result.json", Path(scratch) / "log.txt"
         with log.open("wb") as sink:
@@ -113,12 +132,30 @@ def answer(client: Client, offer: Offer) -> None:
                 preexec_fn=_last_in_line(),
             )
         try:
+            _send(offer.prompt, process)
             code = _watched(client, offer, process)
         finally:
             process.kill()
             process.wait()
         if code is not None:
             _tell(client, offer, _outcome(code, out, log))
+
+
+def _fetched(client: Client, offer: Offer) -> int | None:
+    """Fetches the checkpoint from the storage, and forgets what was fetched before the last one; the exit code as _watched has it."""
+    assert offer.place is not None
+    run_dir = offer.run_dir
+    others = sorted((path.stat().st_mtime, path) for path in run_dir.parent.glob("*") if path != run_dir)
+    for _, path in others[:-1]:
+        shutil.rmtree(path, ignore_errors=True)
+    shutil.rmtree(run_dir, ignore_errors=True)
+    run_dir.mkdir(parents=True)
+    (run_dir / "spec.json").write_text(json.dumps(offer.spec))
+    with Fetch(Wanted(place=offer.place, sha256=offer.sha256, run_dir=run_dir)) as fetching:
+        code = _watched(client, offer, fetching.process)
+        if code:
+            logger.warning("%s could not be fetched: %s", offer.place, fetching.words)
+        return code
 
 
 def _command(offer: Offer, out: Path) -> list[str]:
@@ -145,14 +182,17 @@ def _last_in_line() -> Callable[[], None]:
     return ask
 
 
-def _watched(client: Client, offer: Offer, process: subprocess.Popen[bytes]) -> int | None:
-    """The exit code; -SIGKILL past the time limit; None where the generation is no longer ours. A server that is away is borne."""
+def _send(prompt: str, process: subprocess.Popen[bytes]) -> None:
     assert process.stdin is not None
     try:
-        process.stdin.write(offer.prompt.encode())
+        process.stdin.write(prompt.encode())
         process.stdin.close()
     except BrokenPipeError:
         pass  # it has ended already; its exit code says why
+
+
+def _watched(client: Client, offer: Offer, process: subprocess.Popen[bytes]) -> int | None:
+    """The exit code; -SIGKILL past the time limit; None where the generation is no longer ours. A server that is away is borne."""
     deadline = time.monotonic() + TIMEOUT_S
     beat = time.monotonic() + offer.heartbeat_s
     while (code := process.poll()) is None:

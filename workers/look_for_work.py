@@ -18,6 +18,7 @@ from workers import generation
 from workers.devices import Device, devices, label, slots
 from workers.host import living
 from workers.launch import LaunchError, launch
+from workers.storage import storage_url
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +35,8 @@ def look_for_work() -> int:
     with _one_at_a_time(home() / "worker.lock"), Client() as client:
         n_slots = slots(devices())
         found = devices(n_slots)
-        worker = client.hello(
-            name=worker_name(), host=socket.gethostname(), pid=os.getppid(), version=__version__, devices=list(found), slots=n_slots
-        )
+        me, here = {"name": worker_name(), "host": socket.gethostname(), "version": __version__}, storage_url()
+        worker = client.hello(**me, pid=os.getppid(), devices=list(found), slots=n_slots, storage=here)
         while free := free_devices(found, n_slots, home()):
             n_free, labels = free
             claim = client.claim(worker=worker, free_slots=n_free, free_devices=labels)

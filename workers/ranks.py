@@ -22,6 +22,8 @@ from workers.verdict import Exit
 
 # What only servers and workers need to know stays with them.
 SECRETS = ("MOELAB_TOKEN", "MOELAB_SECRET_KEY", "DATABASE_URL", "REDIS_URL")
+ORIGIN = "origin"
+"""In a run's directory: another run's checkpoint that it begins with, where it had to be fetched."""
 _PIPE_BYTES = 65_536
 
 
@@ -47,6 +49,7 @@ class Ranks:
             "WORLD_SIZE": str(len(devices) * (meeting.nodes if meeting else 1)),
             "LOCAL_WORLD_SIZE": str(len(devices)),
             "MOELAB_THREADS": str(threads),
+            "MOELAB_ORIGIN": str(run_dir / ORIGIN / "checkpoints"),
             **(meeting.environment() if meeting else {"MOELAB_RENDEZVOUS": str(attempt_dir / "rendezvous")}),
         }
         for index, device in enumerate(devices):

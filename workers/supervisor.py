@@ -14,6 +14,7 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -25,16 +26,18 @@ from typing import Any, Literal, cast
 from moelab.outbox import Outbox, outboxes
 from moelab.shipper import Fenced, Shipper
 from spec import events, spool
-from workers.adopt import adopt
+from workers.bring import UNREACHABLE, NotBrought, Porter
 from workers.claim import Claim
 from workers.company import Company
 from workers.detach import detach
 from workers.host import AttemptLock, Holder, LockedError, end_attempt, identity, put_aside
+from workers.keeper import Keeper
 from workers.linux import become_subreaper, oom_kills
 from workers.meeting import NoMeeting
 from workers.progress import Progress
-from workers.ranks import Ranks
+from workers.ranks import ORIGIN, Ranks
 from workers.runlog import RunLog
+from workers.storage import storage_url
 from workers.verdict import STOPPED, Verdict, judge
 
 GRACE_S = 10.0
@@ -66,6 +69,8 @@ class Supervisor:
             on_command=self._hear,
             on_hosts=self._hear_of_hosts,
         )
+        self._storage = storage_url() if claim.stored_as and claim.node == 0 else ""
+        self._keeper = Keeper(claim, run_dir, self._storage, self._log.say, self._shipper.say) if self._storage else None
         self._company = Company(claim)
         self._asked: Literal["run", "cancel", "pause"] = "run"
         self._checkpoints_asked = self._checkpoints_sent = 0
@@ -90,6 +95,8 @@ class Supervisor:
         except asyncio.CancelledError:
             logger.info("the host goes down; what was not shipped stays in the spool")
         finally:
+            if self._keeper is not None:
+                self._keeper.close()
             self._ranks.kill()
             shipping.cancel()
 
@@ -99,6 +106,8 @@ class Supervisor:
             await self._begin(shipping)
         except NoMeeting as error:
             return Verdict("failed", "no_meeting", str(error))
+        except NotBrought as error:
+            return Verdict("paused", UNREACHABLE, str(error))
         except OSError as error:
             self._ranks.kill()
             return Verdict("failed", "disk_full" if error.errno == 28 else "error", f"the ranks could not be started: {error}")
@@ -115,6 +124,9 @@ class Supervisor:
             return Verdict("failed", "unkillable", "a process of this run cannot be killed; its host needs a look")
         self._holder.devices, self._holder.ranks = [], []
         self._lock.write(self._holder)
+        shutil.rmtree(self._run_dir / ORIGIN, ignore_errors=True)
+        if self._keeper is not None:
+            await self._keeper.finish(wanted=lambda: not shipping.done())
         if shipping.done():
             await shipping
             return None
@@ -126,18 +138,24 @@ class Supervisor:
             if not await asyncio.to_thread(end_attempt, lock):
                 raise OSError(f"attempt {older} does not end, and would write to the same checkpoints")
         (self._run_dir / "spec.json").write_text(json.dumps(self._claim.spec, indent=1))
-        if self._claim.resume_from is not None and self._claim.node == 0:
-            adopt(self._run_dir, self._claim.resume_from)
+
+        def wanted() -> bool:
+            return self._asked == "run" and not shipping.done()
+
+        if self._claim.node == 0:
+            await Porter(self._claim, self._run_dir, self._storage, self._shipper.say, wanted).bring()
         with (self._dir / "reserve").open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, _RESERVE_BYTES)
         meeting = None
         if self._claim.nodes > 1:
-            meeting = await self._company.meet(self._shipper, wanted=lambda: self._asked == "run" and not shipping.done())
+            meeting = await self._company.meet(self._shipper, wanted)
             if meeting is None:
                 return
         self._ranks.start(self._run_dir, self._claim.attempt, self._claim.devices, _threads(self._claim), self._lock.fd, meeting)
         if meeting is not None:
             meeting.close()
+        if self._keeper is not None:
+            self._keeper.start()
         self._holder.ranks = [identity(pid) for pid in self._ranks.pids]
         self._lock.write(self._holder)
 

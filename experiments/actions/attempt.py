@@ -18,6 +18,7 @@ from experiments.access import authenticate_token, roles_include
 from experiments.actions.lease import LEASE_S
 from experiments.actions.node import Hosts, close_nodes, hosts_of, may_speak, never_taken
 from experiments.actions.now import after_now
+from experiments.actions.stored import is_left_behind, leave_behind
 from experiments.actions.transition import locked, transition
 from experiments.doorbell import ring_after_commit
 from experiments.live.publish import publish_run
@@ -87,6 +88,7 @@ def start_attempt(run_id: int, attempt: int, event: RunStarted) -> None:
     if run.attempt != attempt or run.state not in LIVE:
         return
     facts = _facts(event)
+    leave_behind(run_id, attempt, event.resumed_from_step)
     if run.state == State.STARTING:
         transition(run, State.RUNNING, by=_speaker(run), started_at=Coalesce("started_at", Now()), **facts)
     else:
@@ -115,8 +117,11 @@ def _facts(event: RunStarted) -> dict[str, Any]:
 
 @transaction.atomic
 def record_checkpoint(run_id: int, attempt: int, event: CheckpointSaved) -> None:
-    """Writes the checkpoint down, marks those that it replaced on disk as deleted, and counts it as progress. Twice is once."""
-    run = locked(run_id)
+    """Writes the checkpoint down, marks those that it replaced on disk as deleted, and counts it as progress. Twice is once.
+
+    One that comes late, from behind where a later attempt has gone on, is written down only.
+    """
+    run, left = locked(run_id), is_left_behind(run_id, attempt, event.step)
     Checkpoint.objects.update_or_create(
         run=run,
         attempt=attempt,
@@ -127,8 +132,12 @@ def record_checkpoint(run_id: int, attempt: int, event: CheckpointSaved) -> None
             "sha256": event.sha256[:64],
             "seconds": event.seconds,
             "at": datetime.fromtimestamp(event.at, UTC),
+            "host": run.worker.host if run.worker else "",  # whose disk has the spool that says so
+            "deleted": left,
         },
     )
+    if left:
+        return
     kept: set[int] = set()
     keep = int(run.spec.get("training", {}).get("keep_checkpoints", 1_000_000))
     for checkpoint in Checkpoint.objects.filter(run=run, deleted=False).order_by("-step", "-attempt"):

@@ -33,11 +33,6 @@ class Books:
         tokens = {worker.token_id for worker in alive if worker.token_id is not None}
         return cls(alive, _taken([worker.pk for worker in alive], Q(lease_until__gt=Now())), projects_of_workers(tokens))
 
-    @property
-    def hosts(self) -> set[str]:
-        """The hosts that are alive."""
-        return {worker.host for worker in self.workers}
-
     def could_take(self, worker: Worker, run: Run, kind: str, *, now: bool) -> bool:
         """Whether the worker may have the run, and has a slot and devices of that kind for a host's share of it; `now`: whether they are free."""
         if worker.token_id is None or run.project_id not in self.projects.get(worker.token_id, ()):

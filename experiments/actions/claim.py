@@ -15,7 +15,8 @@ from django.db.models import QuerySet
 from experiments import secret
 from experiments.actions import gather
 from experiments.actions.lease import begin_attempt
-from experiments.actions.queue import Room, before, other_hosts, waiting
+from experiments.actions.queue import Room, alive, before, waiting
+from experiments.actions.source import bringable
 from experiments.models import Run, Worker
 
 
@@ -65,10 +66,10 @@ def _lock(worker: Worker) -> None:
 
 
 def _alone(fitting: QuerySet[Run], worker: Worker, wide: Run | None) -> Run | None:
-    """The first run on one host that comes before `wide`, locked, unless another claim has it at this moment. A run whose checkpoint lies
-    on another host that is alive is left to that host: there it can be read.
+    """The first run on one host that comes before `wide`, locked, unless another claim has it at this moment. A run whose checkpoint this worker
+    cannot have is left to those that can, while one of them is alive.
     """
-    runs = fitting.filter(node_count=1).exclude(home__in=other_hosts(worker))  # type: ignore[misc]
+    runs = fitting.filter(bringable([worker], [worker, *alive()]), node_count=1)
     if wide is not None:
         runs = runs.filter(before(wide))
     return runs.select_for_update(skip_locked=True, of=("self",)).first()

@@ -16,6 +16,7 @@ from experiments.actions.books import Books, kind_for, n_cuda_of
 from experiments.actions.lease import LEASE_S, begin_attempt
 from experiments.actions.now import after_now
 from experiments.actions.queue import waiting
+from experiments.actions.source import bringable, bringers
 from experiments.actions.transition import locked
 from experiments.doorbell import ring_workers_after_commit
 from experiments.models import LIVE, Node, Run, State, Transition, Worker
@@ -63,7 +64,7 @@ def joinable(fitting: QuerySet[Run], worker: Worker) -> QuerySet[Run]:
         for recent in (True, False):
             others = [other for other in books.workers if other != worker and books.could_take(other, run, kind, now=recent)]
             if len(others) >= run.node_count - 1:
-                near = ~Q(home__in=books.hosts) | Q(home__in=[worker.host, *(other.host for other in others)])
+                near = bringable([worker, *others], [worker, *books.workers])
                 enough |= near if recent else near & ~Q(Exists(_recent(OuterRef("pk"))))
         begun = Q(Exists(kept.filter(devices__0__startswith=kind)))
         those |= Q(**facts) & (begun | (~Q(Exists(kept)) & enough))
@@ -86,17 +87,18 @@ def join(run: Run, worker: Worker, devices: Sequence[str]) -> None:
         return
     here, books = [*(node.worker for node in kept), worker], Books.read()
     others = _others(run, kind, here, books)
-    home = run.home if run.home in books.hosts else ""  # type: ignore[attr-defined]
-    begins_here = not home or home in {member.host for member in here}
+    first = bringers(run, [worker, *books.workers])  # one of them becomes node 0
+    begins_here = not first or any(member in first for member in here)
     lacking = run.node_count - len(here)
-    if lacking > len(others) or (not begins_here and (not lacking or home not in {other.host for other in others})):
+    if lacking > len(others) or (not begins_here and (not lacking or not any(other in first for other in others))):
         return
     until = kept[0].lease_until if kept else after_now(GATHER_S)
     kept.append(Node.objects.create(run=run, worker=worker, devices=list(devices), lease_until=until))
     if lacking:
         ring_workers_after_commit(others)
     else:
-        _grant(run, sorted(kept, key=lambda node: (node.worker.host != home, node.worker_id != run.worker_id)))
+        at_home = run.home  # type: ignore[attr-defined]
+        _grant(run, sorted(kept, key=lambda node: (node.worker.host != at_home, node.worker not in first, node.worker_id != run.worker_id)))
         ring_workers_after_commit(here[:-1])
 
 

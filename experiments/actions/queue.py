@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from django.db.models import BigIntegerField, F, OuterRef, Q, QuerySet, Subquery, TextField, Value
-from django.db.models.expressions import Case, When
-from django.db.models.fields.json import KT
-from django.db.models.functions import Cast, Coalesce
+from django.db.models import F, Q, QuerySet
 
 from experiments.actions.books import WORKER_SILENT_S, kind_for, n_cuda_of, taken_by
 from experiments.actions.now import after_now
+from experiments.actions.source import with_source
 from experiments.models import Run, State, Worker
 
 
@@ -49,18 +47,9 @@ class Room:
 
 
 def waiting(runs: QuerySet[Run]) -> QuerySet[Run]:
-    """Those of `runs` that nobody has, in order, each with a host's `share` of its ranks and its `home`: the host whose disk has the
-    checkpoint that it goes on from, its own or another run's; "" where there is none.
-    """
-    origin = Run.objects.filter(pk=OuterRef("begins_with")).values("worker__host")[:1]
-    own, resumed = Q(progress_checkpoint_step__gt=0), Q(resume_from__isnull=False)
-    home = Case(When(own, then=F("worker__host")), When(resumed, then=KT("resume_from__host")), default=Subquery(origin), output_field=TextField())
-    return (
-        runs.filter(state=State.QUEUED, recorded=False)
-        .annotate(share=F("world_size") / F("node_count"), begins_with=Cast(KT("spec__start__run"), BigIntegerField()))
-        .annotate(home=Coalesce(home, Value(""), output_field=TextField()))
-        .order_by("-priority", "created_at", "id")
-    )
+    """Those of `runs` that nobody has, in order, each with a host's `share` of its ranks and where what it goes on from can be had (see source)."""
+    queued = runs.filter(state=State.QUEUED, recorded=False).annotate(share=F("world_size") / F("node_count"))
+    return with_source(queued).order_by("-priority", "created_at", "id")
 
 
 def before(run: Run) -> Q:
@@ -69,7 +58,6 @@ def before(run: Run) -> Q:
     return Q(priority__gt=run.priority) | (Q(priority=run.priority) & sooner)
 
 
-def other_hosts(worker: Worker) -> list[str]:
-    """The hosts but for the worker's own that are alive."""
-    alive = Worker.objects.filter(last_seen__gt=after_now(-WORKER_SILENT_S))
-    return list(alive.exclude(host=worker.host).values_list("host", flat=True).distinct())
+def alive() -> list[Worker]:
+    """The workers that have been heard of lately."""
+    return list(Worker.objects.filter(last_seen__gt=after_now(-WORKER_SILENT_S)))

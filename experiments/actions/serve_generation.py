@@ -1,7 +1,7 @@
 """A generation between its queue and its end: handed to a worker, kept by heartbeats, answered or taken back.
 
-Each claim raises `attempt`; whoever speaks with an older one is fenced. Only a worker that has the checkpoint on its disk can answer:
-one that has not says so, and is not asked again.
+Each claim raises `attempt`; whoever speaks with an older one is fenced. Only a worker that has the checkpoint on its disk, or in its storage, can
+answer: one that has not says so, and is not asked again.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _checkpoint(generation: Generation) -> Checkpoint | None:
     saved = Checkpoint.objects.filter(run=generation.run_id, deleted=False)
     if generation.wanted_step is not None:
         saved = saved.filter(step=generation.wanted_step)
-    return saved.order_by("-step", "-attempt").first()
+    return saved.select_related("run").order_by("-step", "-attempt").first()
 
 
 def renew(runs: QuerySet[Run], generation_id: int, attempt: int) -> None:
@@ -114,7 +114,7 @@ def take_back() -> bool:
 
 
 def _nowhere(generation: Generation) -> dict[str, str]:
-    detail = f"no worker that is alive has the checkpoint of run {generation.run_id} at step {generation.step} on its disk"
+    detail = f"no worker that is alive has the checkpoint of run {generation.run_id} at step {generation.step} on its disk, or could fetch it"
     return {"reason": "checkpoint_not_here", "detail": detail}
 
 

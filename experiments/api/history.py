@@ -94,7 +94,7 @@ class Checkpoints(Endpoint):
     def get(self, request: Request, run_id: int) -> Response:
         """Newest first, those that newer ones have replaced on disk included."""
         self.query(Query)
-        return items([checkpoint_json(row) for row in self.run(run_id).checkpoints.order_by("-step", "-attempt")])
+        return items([checkpoint_json(row) for row in self.run(run_id).checkpoints.select_related("run").order_by("-step", "-attempt")])
 
 
 class Diff(Endpoint):

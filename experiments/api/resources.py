@@ -9,6 +9,7 @@ from django.conf import settings
 from django.db.models import QuerySet, prefetch_related_objects
 from pydantic import BaseModel, ConfigDict, Field
 
+from experiments.actions.stored import stored_at
 from experiments.models import Checkpoint, Node, Run, State, Token, Transition
 
 
@@ -167,7 +168,7 @@ def transition_json(row: Transition) -> dict[str, Any]:
 
 
 class CheckpointResource(Out):
-    """A checkpoint; `path` is on the disk of the worker's host."""
+    """A checkpoint; `path` is on the disk of `host`. `stored_at` is the URL of its copy in a storage, empty where `storage_problem` may say why."""
 
     id: int
     attempt: int
@@ -178,10 +179,14 @@ class CheckpointResource(Out):
     seconds: float
     at: datetime
     deleted: bool
+    host: str
+    stored_at: str
+    storage_problem: str
 
 
 def checkpoint_json(row: Checkpoint) -> dict[str, Any]:
-    return _same(CheckpointResource, row)
+    """`row.run` should have been selected with it."""
+    return {**_same(CheckpointResource, row, without={"stored_at"}), "stored_at": stored_at(row)}
 
 
 class TokenResource(Out):

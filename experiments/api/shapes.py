@@ -13,6 +13,7 @@ from experiments.api.endpoint import Body
 from spec import presets
 from spec.experiment import ExperimentSpec
 from spec.problems import Problem
+from spec.storage import StorageURL
 from spec.text import Name, Text, clean_name
 
 Tag = Annotated[str, StringConstraints(min_length=1, max_length=64), AfterValidator(clean_name)]
@@ -128,6 +129,7 @@ class HelloBody(Body):
     version: Annotated[str, StringConstraints(max_length=64), AfterValidator(clean_name)]
     devices: list[DeviceBody] = Field(max_length=4096)
     slots: Annotated[int, Field(ge=0, le=4096)]
+    storage: StorageURL = Field("", description="The storage that it shares checkpoints in (MOELAB_CHECKPOINTS), without any secret.")
 
 
 class ClaimBody(Body):

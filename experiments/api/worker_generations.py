@@ -15,6 +15,7 @@ from rest_framework.response import Response
 
 from experiments import access
 from experiments.actions.serve_generation import HEARTBEAT_S, LEASE_S, Fenced, claim_generation, fail, renew, send_back, succeed
+from experiments.actions.stored import place_for
 from experiments.api.endpoint import Body, Endpoint
 from experiments.api.problems import FieldError, Problem
 from experiments.api.shapes import EmptyBody, RunId, Small
@@ -89,7 +90,7 @@ class AnswerBody(AttemptBody):
 
 
 class OfferedGeneration(BaseModel):
-    """Everything that a worker needs. `sha256` is of the checkpoint's manifest."""
+    """Everything that a worker needs. `sha256` is of the checkpoint's manifest, `place` where it can fetch it from its storage."""
 
     generation: int
     attempt: int
@@ -98,6 +99,8 @@ class OfferedGeneration(BaseModel):
     sha256: str
     prompt: str
     parameters: dict[str, Any]
+    place: str | None
+    spec: dict[str, Any] | None
     lease_s: int
     heartbeat_s: int
 
@@ -135,6 +138,8 @@ class ClaimGeneration(_OfWorker):
             return Response(status=204)
         generation, checkpoint = offer.generation, offer.checkpoint
         told = {"prompt": generation.prompt, "parameters": generation.parameters, "step": checkpoint.step, "sha256": checkpoint.sha256}
+        place = place_for(checkpoint, worker)
+        told |= {"place": place, "spec": checkpoint.run.spec if place else None}
         ids = {"generation": generation.pk, "attempt": generation.attempt, "run": generation.run_id}
         return Response(OfferedGeneration(**ids, **told, lease_s=LEASE_S, heartbeat_s=HEARTBEAT_S).model_dump(mode="json"))
 

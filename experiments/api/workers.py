@@ -18,6 +18,7 @@ from experiments import access
 from experiments.actions.books import WORKER_SILENT_S
 from experiments.actions.claim import Claim, claim
 from experiments.actions.lease import HEARTBEAT_S, LEASE_S
+from experiments.actions.stored import handed_out
 from experiments.api.endpoint import Endpoint, Query, items
 from experiments.api.problems import FieldError, Problem
 from experiments.api.shapes import ClaimBody, HelloBody
@@ -34,6 +35,7 @@ class WorkerResource(BaseModel):
     version: str
     devices: list[dict[str, Any]]
     slots: int
+    storage: str = Field(description="The storage that it shares checkpoints in; empty for none.")
     busy: int
     runs: list[int]
     alive: bool
@@ -65,6 +67,10 @@ class ClaimedRun(BaseModel):
     node: int = Field(description="Which of the run's hosts this is: node 0 writes, and speaks for the attempt.")
     nodes: int
     resume_from: dict[str, Any] | None
+    start: dict[str, Any] | None
+    checkpoints: list[dict[str, Any]]
+    trained: int = Field(description="The last attempt that trained.")
+    stored_as: str = Field(description="The run's folder in the worker's storage.")
     ingest_url: str
     lease_s: int
     heartbeat_s: int
@@ -89,7 +95,9 @@ class Workers(Endpoint):
 
     @staticmethod
     def _shown(row: Worker, busy: int, runs: list[int]) -> dict[str, Any]:
-        same = {name: getattr(row, name) for name in ("id", "name", "host", "pid", "version", "devices", "slots", "last_seen", "created_at")}
+        same = {
+            name: getattr(row, name) for name in ("id", "name", "host", "pid", "version", "devices", "slots", "storage", "last_seen", "created_at")
+        }
         alive = (timezone.now() - row.last_seen).total_seconds() < WORKER_SILENT_S
         return WorkerResource(**same, busy=busy, runs=runs, alive=alive).model_dump(mode="json")
 
@@ -123,9 +131,9 @@ class ClaimWork(Endpoint):
         Worker.objects.filter(pk=worker.pk).update(**_heard_from(self.principal))
         runs = access.visible_runs(self.principal, Role.EDITOR)
         found = claim(runs, worker=worker, free_slots=body.free_slots, free_devices=body.free_devices)
-        return Response(status=204) if found is None else Response(self._handed_out(found))
+        return Response(status=204) if found is None else Response(self._handed_out(found, worker))
 
-    def _handed_out(self, found: Claim) -> dict[str, Any]:
+    def _handed_out(self, found: Claim, worker: Worker) -> dict[str, Any]:
         run, scheme = found.run, "wss" if self.request.is_secure() else "ws"
         return ClaimedRun(
             run=run.pk,
@@ -135,7 +143,7 @@ class ClaimWork(Endpoint):
             devices=found.devices,
             node=found.node,
             nodes=run.node_count,
-            resume_from=run.resume_from,
+            **handed_out(run, worker),
             ingest_url=f"{scheme}://{self.request.get_host()}/ws/ingest/{run.pk}/?attempt={run.attempt}&node={found.node}",
             lease_s=LEASE_S,
             heartbeat_s=HEARTBEAT_S,

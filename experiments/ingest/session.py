@@ -13,8 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import ValidationError
+
 from experiments.actions.attempt import Command, IngestGrant, renew_lease
 from experiments.actions.node import announce, hosts_of
+from experiments.actions.stored import Damaged, InStorage, record_damaged, record_stored
 from experiments.ingest.text import TextTail
 from experiments.live.publish import Message, publish
 from experiments.models import LIVE, TERMINAL, Run
@@ -48,6 +51,7 @@ class Session:
     _command: Command | None = None
     _facts: Facts | None = None
     _text: TextTail = field(default_factory=TextTail)
+    _in_storage: InStorage | None = None
 
     def hello(self) -> Answer:
         """Raises FencedError."""
@@ -96,12 +100,26 @@ class Session:
             if not isinstance(place, str) or not _PLACE.fullmatch(place):
                 raise FrameError("rendezvous.at must be an address, without a zone (%eth0), and a port: at most 96 characters")
             announce(self.grant.run_id, self.grant.attempt, place)
+        elif kind in ("stored", "damaged") and not self.grant.is_recorder:
+            self._hear_of_storage(kind, message)
         elif kind != "heartbeat":
             raise FrameError(f"unknown text frame {kind!r:.40}")
         command = self.command() if self.ended else renew_lease(self.grant.run_id, self.grant.attempt)
         if command is None:
             raise FencedError
         return command
+
+    def _hear_of_storage(self, kind: str, message: Mapping[str, Any]) -> None:
+        """What is stored is taken in again with later events: it may be said before the checkpoint itself has arrived. Raises FrameError."""
+        try:
+            if kind == "damaged":
+                record_damaged(self.grant.run_id, self.grant.attempt, Damaged.model_validate(message))
+            else:
+                self._in_storage = InStorage.model_validate(message)
+                record_stored(self.grant.run_id, self.grant.attempt, self._in_storage)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            raise FrameError(f"{kind}.{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
     def binary(self, data: bytes) -> Answer:
         """Stores a binary frame and answers for it. Raises FrameError, FencedError."""
@@ -127,6 +145,8 @@ class Session:
         self._waiting.append(stored)
         if stored.events:
             self._facts = None
+            if self._in_storage is not None:
+                record_stored(self.grant.run_id, self.grant.attempt, self._in_storage)
         if self.push_due_s() <= 0 or stored.events or stored.rewound_to is not None:
             self.push()
         return {"type": "ack", "attempt": attempt, "seq": stored.acked_seq}

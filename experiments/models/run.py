@@ -156,7 +156,10 @@ class Transition(models.Model):
 
 
 class Checkpoint(models.Model):
-    """A checkpoint on the disk of the worker's host. `sha256` is its manifest's; `deleted` once newer ones replaced it."""
+    """A checkpoint on the disk of `host`. `sha256` is its manifest's; `deleted` once newer ones replaced it, or the run went on without it.
+
+    `storage` is the URL of the storage that has a copy ("" for none), `storage_problem` why the newest one has none.
+    """
 
     run = models.ForeignKey(Run, models.CASCADE, related_name="checkpoints")
     attempt = models.IntegerField()
@@ -167,6 +170,9 @@ class Checkpoint(models.Model):
     seconds = models.FloatField()
     at = models.DateTimeField()
     deleted = models.BooleanField(default=False)
+    host = models.CharField(max_length=200, default="", blank=True)
+    storage = models.CharField(max_length=500, default="", blank=True)
+    storage_problem = models.CharField(max_length=500, default="", blank=True)
 
     class Meta:
         constraints = [models.UniqueConstraint(fields=["run", "attempt", "step"], name="one_checkpoint_per_attempt_step")]

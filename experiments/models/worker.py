@@ -10,7 +10,8 @@ from experiments.models.token import Token
 
 
 class Worker(models.Model):
-    """A host that takes runs. `devices` is a list of {kind, index, name, memory_bytes}; `slots` runs fit on it at once.
+    """A host that takes runs. `devices` is a list of {kind, index, name, memory_bytes}; `slots` runs fit on it at once; `storage` is the URL of
+    the storage that it shares checkpoints in, "" for none.
 
     `token` is the one with which it spoke last: what that may see, the worker may take.
     """
@@ -21,6 +22,7 @@ class Worker(models.Model):
     version = models.CharField(max_length=64)
     devices: models.JSONField[list[dict[str, Any]]] = models.JSONField(default=list)
     slots = models.IntegerField()
+    storage = models.CharField(max_length=500, default="", blank=True)
     token = models.ForeignKey(Token, models.SET_NULL, null=True, related_name="workers")
     last_seen = models.DateTimeField()
     created_at = models.DateTimeField(auto_now_add=True)

@@ -9,6 +9,7 @@ from django.http import Http404, HttpRequest, HttpResponse
 from django.shortcuts import render
 
 from experiments.access import Principal, roles_include, visible_runs
+from experiments.actions.stored import stored_at
 from experiments.api.resources import nodes_of, run_json
 from experiments.models import Role, Run
 from experiments.pages import placement, specialisation
@@ -55,7 +56,8 @@ def panel(request: HttpRequest, principal: Principal, run_id: int, panel: str) -
     if panel == "timeline":
         return render(request, "pages/_timeline.html", {"transitions": run.transitions.order_by("-id"), "nodes": nodes_of(run), "run": run})
     if panel == "checkpoints":
-        return render(request, "pages/_checkpoints.html", {"checkpoints": run.checkpoints.order_by("-step", "-attempt")})
+        rows = run.checkpoints.select_related("run").order_by("-step", "-attempt")
+        return render(request, "pages/_checkpoints.html", {"checkpoints": [(row, stored_at(row)) for row in rows]})
     if panel == "specialisation":
         return render(request, "pages/_specialisation.html", specialisation.context(request, run))
     if panel == "placement":

@@ -123,7 +123,7 @@ def prune(directory: Path, keep: int, newest: Saved) -> list[int]:
     removed = [step for step in steps(directory)[:-keep] if step != newest.step]
     for step in removed:
         _discard(directory / f"step-{step:08d}")
-    for path in directory.glob("step-*.damaged"):
+    for path in [*directory.glob("step-*.damaged"), *directory.glob("step-*.left")]:
         shutil.rmtree(path, ignore_errors=True)
     return removed
 

@@ -7,6 +7,7 @@ against its manifest; nothing of it is changed, for it may be another run's.
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,14 @@ class Origin:
 
 
 def find(start: FromCheckpoint | Upcycle, home: Path, ranks: Ranks) -> Origin:
-    """The checkpoint that `start` names, the same on every rank. Raises SpecRefused, with the reason, where there is none that is whole."""
+    """The checkpoint that `start` names, the same on every rank. Raises SpecRefused, with the reason, where there is none that is whole.
+
+    One of a run is looked for in MOELAB_ORIGIN, if that is a directory: there it lies where it had to be brought to this host.
+    """
     if start.run is not None:
-        directory, where, name = home / "runs" / str(start.run) / "checkpoints", "start.run", f"run {start.run}"
+        brought = Path(os.environ.get("MOELAB_ORIGIN") or os.devnull)
+        directory = brought if brought.is_dir() else home / "runs" / str(start.run) / "checkpoints"
+        where, name = "start.run", f"run {start.run}"
     else:
         text = start.path or ""
         directory, where, name = readable(text, "start.path", home), "start.path", text[:200]

@@ -16,6 +16,7 @@ Takes runs from the server and starts a supervisor for each; a supervisor outliv
   MOELAB_SERVER, MOELAB_TOKEN   the server, and a token with the scope `worker`
   REDIS_URL                     the bell; without it the worker hears of work late
   MOELAB_HOME                   where runs, checkpoints and spools are kept; each worker has one of its own
+  MOELAB_CHECKPOINTS            a storage that hosts share, for copies of the checkpoints: file:///shared/…, s3://bucket/…
   MOELAB_SLOTS                  runs at once (one for each CUDA device, else one)
   MOELAB_ADDRESS                where other hosts of a run reach it (the address towards the server)
   MOELAB_WORKER_NAME            its name on the workers page (the host's name)
@@ -42,6 +43,9 @@ def _worker(args: argparse.Namespace) -> int:
     except HomeInUseError as error:
         print(f"moelab worker: {error}", file=sys.stderr)
         return exit_code.FAILED
+    except ValueError as error:
+        print(f"moelab worker: {error}", file=sys.stderr)
+        return exit_code.USAGE
     return exit_code.OK
 
 

@@ -63,7 +63,7 @@ class FakeTrainer:
         self.spool.append(events.encode(event))
 
     def newest_checkpoint(self) -> int | None:
-        found = sorted(self.out.glob("checkpoints/step-*/MANIFEST.json"))
+        found = [path for path in sorted(self.out.glob("checkpoints/step-*/MANIFEST.json")) if "." not in path.parent.name]
         return int(found[-1].parent.name.removeprefix("step-")) if found else None
 
     def checkpoint(self, step: int) -> None:
@@ -74,9 +74,10 @@ class FakeTrainer:
         partial = final.with_name(final.name + f".attempt-{self.attempt}.tmp")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        state = json.dumps({"step": step}).encode()
+        state = json.dumps({"step": step, "attempt": self.attempt}).encode()
         (partial / "state.json").write_bytes(state)
-        manifest = json.dumps({"state.json": hashlib.sha256(state).hexdigest()}).encode()
+        files = {"state.json": {"size": len(state), "sha256": hashlib.sha256(state).hexdigest()}}
+        manifest = json.dumps({"format": 1, "step": step, "files": files}).encode()
         (partial / "MANIFEST.json").write_bytes(manifest)
         partial.rename(final)
         digest = hashlib.sha256(manifest).hexdigest()

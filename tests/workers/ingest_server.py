@@ -150,9 +150,11 @@ class IngestServer:
             self._store(connection, place, message)
 
     def _hear(self, connection: ServerConnection, message: dict[str, Any]) -> None:
-        """A heartbeat; or what a host of several says: where the ranks meet, which all are told, and that it has left."""
+        """A heartbeat; what a host says of its storage; or what one of several says: where the ranks meet, which all are told, and that it has left."""
         if message == {"type": "heartbeat"}:
             self.heartbeats += 1
+        elif message["type"] in ("stored", "damaged"):
+            self.told.append(message)
         else:
             assert self.hosts is not None
             self.told.append(message)

@@ -151,7 +151,7 @@ class TestTheWorker:
         offer = take(host, worker).json()
         assert offer == {
             "generation": made["id"], "attempt": 1, "run": run.pk, "step": 20, "sha256": SHA, "prompt": "hi",
-            "parameters": made["parameters"], "lease_s": 30, "heartbeat_s": 5,
+            "parameters": made["parameters"], "lease_s": 30, "heartbeat_s": 5, "place": None, "spec": None,
         }  # fmt: skip
         assert take(host, worker).status_code == 204
         assert say(host, offer, "heartbeat").status_code == 200
