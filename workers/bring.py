@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -20,7 +21,7 @@ from workers.fetch import AWAY, DISK_FULL, NOT_WHOLE, THERE, Fetch, Wanted
 from workers.ranks import ORIGIN
 from workers.storage import manifests
 
-PATIENCE_S = 60.0
+PATIENCE_S = float(os.environ.get("MOELAB_FETCH_PATIENCE_S", "60"))
 """How long a storage that is away is asked again before the attempt ends."""
 UNREACHABLE = "checkpoint_unreachable"
 _LOOK_S = 0.05

@@ -62,7 +62,7 @@ class Keeper:
             self._closed.set()
             step = max(manifests(self._run_dir / "checkpoints"), default=0)
             why = f" ({self._problem[1]})" if self._problem else ""
-            self._trouble(step, f"its copy was not finished within {LAST_COPY_S:.0f} s of the end{why}")
+            self._trouble(step, f"its copy was not finished within {LAST_COPY_S:g} s of the end{why}")
 
     def close(self) -> None:
         """No further piece is copied."""

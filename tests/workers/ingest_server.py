@@ -150,7 +150,7 @@ class IngestServer:
             self._store(connection, place, message)
 
     def _hear(self, connection: ServerConnection, message: dict[str, Any]) -> None:
-        """A heartbeat; what a host says of its storage; or what one of several says: where the ranks meet, which all are told, and that it has left."""
+        """A heartbeat; what a host says of a storage; or what one of several says: where the ranks meet, which all hear, and that it has left."""
         if message == {"type": "heartbeat"}:
             self.heartbeats += 1
         elif message["type"] in ("stored", "damaged"):
