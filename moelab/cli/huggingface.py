@@ -1,6 +1,7 @@
 """`moelab import`: a published checkpoint's config.json as a spec. `moelab export-model`: a run's weights as transformers loads them.
 
-Neither needs a server. The weights are read and written by `python -m moe.huggingface`, a process of its own.
+Neither needs a server, but for a run that this machine has not trained: then the server knows where in the shared storage it is.
+The weights are read and written by `python -m moe.huggingface`, a process of its own.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +26,7 @@ examples:
 """
 EXPORT_EPILOG = """\
 examples:
-  moelab export-model 12 --out ~/models/mine            the newest checkpoint of a run on this machine
+  moelab export-model 12 --out ~/models/mine            the newest checkpoint of a run on this machine, or in the storage
   moelab export-model 12 --out ~/models/mine --step 500 --dtype bfloat16
 """
 
@@ -92,12 +94,48 @@ def _config(file: Path) -> dict[str, Any]:
 
 
 def run_export(args: argparse.Namespace) -> int:
-    from moelab.home import runs_dir
+    from moelab.home import home, runs_dir
 
     what = str(args.what)
-    run = runs_dir() / what if what.isascii() and what.isdigit() and not Path(what).exists() else Path(what)
-    if not run.is_dir():
+    numbered = what.isascii() and what.isdigit() and not Path(what).exists()
+    run = runs_dir() / what if numbered else Path(what)
+    if run.is_dir():
+        return _export(run, args)
+    if not numbered:
         raise exit_code.UsageError(f"{run} is not a directory on this machine")
+    home().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="export-", dir=home()) as scratch:
+        _fetch(int(what), args.step, Path(scratch))
+        return _export(Path(scratch), args)
+
+
+def _fetch(run: int, step: int | None, run_dir: Path) -> None:
+    """Brings a checkpoint of the run from the storage that this machine shares. Raises UsageError, which says where it is or what to do."""
+    from moelab.client import ApiError, Client, ServerUnreachable
+    from workers.fetch import Wanted, fetch
+    from workers.storage import Away, NotWhole, storage_url
+
+    try:
+        with Client() as client:
+            rows = [row for row in client.checkpoints(run) if step is None or row["step"] == step]
+            spec, url = client.run(run)["spec"], storage_url()
+    except (ApiError, ServerUnreachable, ValueError) as error:
+        raise exit_code.UsageError(f"run {run} is not on this machine, and no server says where it is: {error}") from error
+    stored = next((row for row in rows if row["stored_at"]), None)
+    if stored is None:
+        hosts = ", ".join(sorted({row["host"] for row in rows if row["host"] and not row["deleted"]})) or "the host that trained it"
+        raise exit_code.UsageError(f"run {run} is not on this machine, nor in a storage: export it on {hosts}")
+    if not url or not stored["stored_at"].startswith(f"{url}/"):
+        base = stored["stored_at"].rsplit("/", 3)[0]
+        raise exit_code.UsageError(f"run {run} is not on this machine; with MOELAB_CHECKPOINTS={base} it is fetched from there")
+    (run_dir / "spec.json").write_text(json.dumps(spec))
+    try:
+        fetch(Wanted(place=stored["stored_at"].removeprefix(f"{url}/"), sha256=stored["sha256"], run_dir=run_dir))
+    except (Away, NotWhole, ValueError, OSError) as error:
+        raise exit_code.UsageError(f"{stored['stored_at']} could not be fetched: {error}") from error
+
+
+def _export(run: Path, args: argparse.Namespace) -> int:
     given = {"--step": args.step, "--max-shard-bytes": args.max_shard_bytes, "--family": args.family, "--spec": args.spec}
     options = [text for name, value in given.items() if value is not None for text in (name, str(value))]
     return _run("export", str(run), "--out", str(args.out), "--dtype", args.dtype, *options)

@@ -172,3 +172,28 @@ def test_one_process_drains_the_queue_and_another_does_not_begin_meanwhile(api: 
     while generation.answering() is not None and time.monotonic() < deadline:
         time.sleep(0.05)
     assert generation.answering() is None, "the right to answer is free again"
+
+
+def test_a_checkpoint_of_the_storage_is_fetched_while_the_lease_is_kept_and_one_that_is_not_whole_goes_back(
+    api: Api, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.workers.test_storage import PLACE, saved
+    from workers.storage import Storage
+
+    (tmp_path / "shared").mkdir()
+    monkeypatch.setenv("MOELAB_CHECKPOINTS", f"file://{tmp_path}/shared")
+    keeps, sha256 = Storage(f"file://{tmp_path}/shared"), saved(tmp_path / "other", 10)
+    keeps.put(tmp_path / "other" / "step-00000010", PLACE, lambda: True)
+    keeps.put_tokenizer(b"{}", PLACE)
+    there = {"run": 9, "step": 10, "sha256": sha256, "place": PLACE, "spec": {"name": "nine"}}
+    api.waiting = [offered(1, **there | {"heartbeat_s": 0.01}), offered(2, **there), offered(3, **there | {"sha256": "0" * 64})]
+    ran = []
+    for _ in range(3):
+        offer = generation.take(client, 7)
+        assert offer is not None
+        generation.answer(client, offer)
+        ran.append(offer.run_dir)
+    assert [answer["outcome"] for answer in api.answers] == ["succeeded", "succeeded", "not_here"] and api.beats
+    assert api.answers[0]["result"]["arguments"][0] == str(ran[0]) and ran[0].is_relative_to(tmp_path / "fetched")
+    assert not (tmp_path / "runs" / "9").exists(), "it is not taken for a run of this host's"
+    assert not list(ran[0].glob("checkpoints/*")) and not (tmp_path / "shared" / PLACE / "MANIFEST.json").exists()
