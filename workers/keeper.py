@@ -20,7 +20,7 @@ from typing import Any
 
 from spec.storage import place
 from workers.claim import Claim, Held
-from workers.storage import TOKENIZER, Away, Interrupted, NotWhole, Storage, manifests
+from workers.storage import TOKENIZER, Away, Interrupted, NotWhole, Storage, published
 
 LAST_COPY_S = float(os.environ.get("MOELAB_LAST_COPY_TIMEOUT_S", "300"))
 """How long the end of an attempt waits for its last checkpoint."""
@@ -33,19 +33,30 @@ logger = logging.getLogger("workers.keeper")
 class Keeper:
     """`start()` once the ranks run, `finish()` once they have ended, `close()` at last; all in the event loop's thread."""
 
-    def __init__(self, claim: Claim, run_dir: Path, url: str, say: Callable[[str], None], tell: Callable[[Mapping[str, Any]], None]) -> None:
-        """`say` takes a line for the log, `tell` a message for the server; both are called in the event loop's thread."""
-        self._claim, self._run_dir, self._url, self._say, self._tell = claim, run_dir, url, say, tell
+    def __init__(
+        self,
+        claim: Claim,
+        run_dir: Path,
+        url: str,
+        *,
+        say: Callable[[str], None],
+        tell: Callable[[Mapping[str, Any]], None],
+        current: Callable[[], bool],
+    ) -> None:
+        """`say` takes a line for the log, `tell` a message for the server; both are called in the event loop's thread. `current` says whether
+        the server has confirmed a moment ago that the attempt holds the run: only then is anything removed, for another may be fetching it.
+        """
+        self._claim, self._run_dir, self._url, self._say, self._tell, self._current = claim, run_dir, url, say, tell, current
         self._keep = int(claim.spec.get("training", {}).get("keep_checkpoints", 3))
         self._held = sorted((held for held in claim.checkpoints if held.place), key=_age)
         self._problem: tuple[int, str] | None = None
-        self._said = ""
+        self._said, self._swept = "", False
         self._finishing, self._closed, self._idle = threading.Event(), threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         """Begins to look for checkpoints that are new from now on."""
-        self._old = set(manifests(self._run_dir / "checkpoints"))
+        self._old = published(self._run_dir / "checkpoints")
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)  # a storage that hangs keeps no process alive
         self._thread.start()
@@ -60,7 +71,7 @@ class Keeper:
             await asyncio.sleep(_LOOK_S / 5)
         if not self._idle.is_set():
             self._closed.set()
-            step = max(manifests(self._run_dir / "checkpoints"), default=0)
+            step = max(published(self._run_dir / "checkpoints"), default=0)
             why = f" ({self._problem[1]})" if self._problem else ""
             self._trouble(step, f"its copy was not finished within {LAST_COPY_S:g} s of the end{why}")
 
@@ -78,7 +89,7 @@ class Keeper:
         wait_s, done = _BACK_OFF_S[0], -1
         while not self._closed.is_set():
             ending = self._finishing.is_set()  # looked at first: what was saved before it is seen below
-            step = max(set(manifests(self._run_dir / "checkpoints")) - self._old, default=-1)
+            step = max(published(self._run_dir / "checkpoints") - self._old, default=-1)
             if step <= done:
                 if ending:
                     break
@@ -121,20 +132,21 @@ class Keeper:
         sha256 = storage.put(linked, there, lambda: not self._closed.is_set())
         if self._closed.is_set():
             raise Interrupted
-        before = list(self._held)
-        self._held = [*before, Held(attempt=self._claim.attempt, step=step, sha256=sha256, place=there)]
+        self._held = [*self._held, Held(attempt=self._claim.attempt, step=step, sha256=sha256, place=there)]
         self._in_loop(self._stored)
-        self._prune(storage, first=not any(held.attempt == self._claim.attempt for held in before))
+        if self._current():
+            self._prune(storage)
 
-    def _prune(self, storage: Storage, *, first: bool) -> None:
+    def _prune(self, storage: Storage) -> None:
         """The rule of the disk: the newest `keep_checkpoints` stay; with the attempt's first copy what older attempts left half done goes too."""
         surplus, self._held = self._held[: -self._keep], self._held[-self._keep :]
         doomed = [held.place for held in surplus if held.place]
-        if first:
+        if not self._swept:
+            self._swept = True
             kept = {held.place for held in self._held}
             doomed += [left for left in storage.places(self._claim.stored_as, self._claim.attempt) if left not in kept and left not in doomed]
         for one in doomed:
-            if self._closed.is_set():
+            if self._closed.is_set() or not self._current():
                 return
             try:
                 storage.remove(one)

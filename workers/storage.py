@@ -24,6 +24,7 @@ MAX_JSON_BYTES = 64 * 1024 * 1024
 """More than any manifest or tokenizer has."""
 _CHUNK_BYTES = 4 * 1024 * 1024
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}")
+_STEP = re.compile(r"step-([0-9]{8,10})")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _WITHOUT_DIRECTORIES = frozenset({"s3", "gs", "az", "abfs", "abfss", "oss", "oci", "cos"})
 
@@ -322,12 +323,17 @@ def _sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def published(checkpoints: Path) -> set[int]:
+    """The steps of the checkpoints in a directory: one that has its name is whole."""
+    if not checkpoints.is_dir():
+        return set()
+    return {int(match[1]) for path in checkpoints.iterdir() if (match := _STEP.fullmatch(path.name))}
+
+
 def manifests(checkpoints: Path) -> Mapping[int, str]:
-    """The published checkpoints in a directory: the SHA-256 of each step's manifest."""
+    """The SHA-256 of the manifest of each checkpoint in a directory."""
     found = {}
-    for path in checkpoints.glob(f"step-*/{MANIFEST}"):
-        step = path.parent.name.removeprefix("step-")
-        if step.isdigit():
-            with contextlib.suppress(OSError):  # removed meanwhile
-                found[int(step)] = hashlib.sha256(path.read_bytes()).hexdigest()
+    for step in published(checkpoints):
+        with contextlib.suppress(OSError):  # removed meanwhile
+            found[step] = hashlib.sha256((checkpoints / f"step-{step:08d}" / MANIFEST).read_bytes()).hexdigest()
     return found

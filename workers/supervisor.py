@@ -70,7 +70,10 @@ class Supervisor:
             on_hosts=self._hear_of_hosts,
         )
         self._storage = storage_url() if claim.stored_as and claim.node == 0 else ""
-        self._keeper = Keeper(claim, run_dir, self._storage, self._log.say, self._shipper.say) if self._storage else None
+        self._keeper: Keeper | None = None
+        if self._storage:
+            current = lambda: self._shipper.connected  # noqa: E731
+            self._keeper = Keeper(claim, run_dir, self._storage, say=self._log.say, tell=self._shipper.say, current=current)
         self._company = Company(claim)
         self._asked: Literal["run", "cancel", "pause"] = "run"
         self._checkpoints_asked = self._checkpoints_sent = 0

@@ -39,6 +39,16 @@ def check_address(args: argparse.Namespace) -> None:
         raise exit_code.UsageError(f"--host {args.host} can be reached by other machines; add --allow-remote if that is what you want")
 
 
+def check_storage() -> None:
+    """Raises UsageError where the worker would refuse its MOELAB_CHECKPOINTS."""
+    from workers import storage
+
+    try:
+        storage.check_storage()
+    except ValueError as error:
+        raise exit_code.UsageError(str(error)) from error
+
+
 def stop_on_signals() -> None:
     """SIGTERM and SIGHUP end us as Ctrl-C does; so does SIGINT where a shell started us in the background, which would ignore it."""
 
@@ -54,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
     from moelab.stack import Stack, StackError
 
     check_address(args)
+    if not args.no_worker:
+        check_storage()
     stop_on_signals()
     try:
         with Stack(home(), host=args.host, port=args.port, worker=not args.no_worker) as stack:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import os
 import shutil
 import signal
+import threading
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,8 @@ PLACE = storage.place(FOLDER, 1, 10)
 
 def saved(directory: Path, step: int = 10, **files: bytes) -> str:
     """Writes a checkpoint into `directory`, and returns the SHA-256 of its manifest."""
-    path = directory / f"step-{step:08d}"
+    final = directory / f"step-{step:08d}"
+    path = final.with_suffix(".tmp")
     path.mkdir(parents=True)
     items = {}
     for name, data in ({"model": b"m" * 5_000_000, "empty": b""} | files).items():
@@ -33,6 +37,7 @@ def saved(directory: Path, step: int = 10, **files: bytes) -> str:
         items[f"{name}.bin"] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     manifest = json.dumps({"format": 1, "step": step, "files": items}).encode()
     (path / "MANIFEST.json").write_bytes(manifest)
+    path.rename(final)
     return hashlib.sha256(manifest).hexdigest()
 
 
@@ -297,7 +302,8 @@ class TestTheKeeper:
         }
         held = [{"attempt": 1, "step": step, "sha256": "", "place": storage.place(FOLDER, 1, step)} for step in (10, 20)]
         claim = Claim.model_validate({**told, "stored_as": FOLDER, "checkpoints": held})
-        made = Keeper(claim, tmp_path / "run", f"file://{shared}", lambda line: None, lambda word: None)
+        self.said, self.told, self.current = list[str](), list[Any](), True
+        made = Keeper(claim, tmp_path / "run", f"file://{shared}", say=self.said.append, tell=self.told.append, current=lambda: self.current)
         made._in_loop = lambda function, *arguments: function(*arguments)  # type: ignore[method-assign]
         return made
 
@@ -313,6 +319,42 @@ class TestTheKeeper:
         left = sorted(str(path.relative_to(shared / FOLDER)) for path in shared.glob(f"{FOLDER}/*/*"))
         assert left == ["attempt-2/step-00000030", "attempt-2/step-00000040", "attempt-3/step-00000015", "attempt-3/step-00000099"]
         assert [(held.attempt, held.step) for held in keeper._held] == [(2, 30), (2, 40)]
+
+    def test_one_that_has_lost_the_server_removes_nothing_until_it_is_back(self, keeper: Keeper, tmp_path: Path, shared: Path) -> None:
+        """A later attempt may be fetching what it would remove."""
+        for step in (10, 20):
+            saved(shared / FOLDER / "attempt-1", step)
+        self.current = False
+        for step in (30, 40, 50):
+            saved(tmp_path / "run" / "checkpoints", step)
+            self.current = step == 50
+            before = len(list(shared.rglob("MANIFEST.json")))
+            keeper._store(step, tmp_path / "scratch")
+            assert len(list(shared.rglob("MANIFEST.json"))) == (2 if self.current else before + 1)
+        assert [(held.attempt, held.step) for held in keeper._held] == [(2, 40), (2, 50)]
+
+    async def test_of_what_is_saved_during_a_slow_copy_the_newest_is_next_and_the_slow_one_is_whole_although_the_disk_has_lost_it(
+        self, keeper: Keeper, tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        begun, go_on, write = threading.Event(), threading.Event(), Storage._write
+
+        def slowly(storage: Storage, name: str, chunks: Iterator[bytes]) -> None:
+            begun.set()
+            assert go_on.wait(10)
+            write(storage, name, chunks)
+
+        monkeypatch.setattr(Storage, "_write", slowly)
+        own = tmp_path / "run" / "checkpoints"
+        keeper.start()
+        sha256 = saved(own, 30)
+        assert await asyncio.to_thread(begun.wait, 10)
+        saved(own, 40), saved(own, 50)
+        shutil.rmtree(own / "step-00000030")
+        go_on.set()
+        await keeper.finish(lambda: True)
+        assert [(held.attempt, held.step) for held in keeper._held] == [(2, 30), (2, 50)] and keeper._held[0].sha256 == sha256
+        Storage(f"file://{shared}").get(storage.place(FOLDER, 2, 30), sha256, tmp_path / "out")
+        assert not self.said and self.told[-1]["problem"] is None
 
     def test_a_fenced_one_stops_before_it_publishes(self, keeper: Keeper, tmp_path: Path, shared: Path) -> None:
         saved(tmp_path / "run" / "checkpoints", 30)
