@@ -177,6 +177,20 @@ class TestACheckpoint:
         with pytest.raises(NotWhole):
             keeps.get_tokenizer(PLACE)
 
+    def test_a_library_without_a_disk_does_as_well(self, tmp_path: Path) -> None:
+        """The one that every fsspec has; shared it cannot be, and no worker takes its URL."""
+        keeps, sha256 = Storage(f"memory://{tmp_path}"), saved(tmp_path / "a")
+        with pytest.raises(Away, match="must be made"):
+            keeps.put(tmp_path / "a" / "step-00000010", PLACE, lambda: True)
+        keeps._files.makedirs(keeps._root)
+        keeps.put(tmp_path / "a" / "step-00000010", PLACE, lambda: True)
+        keeps.put_tokenizer(b"{}", PLACE)
+        assert (keeps.places(FOLDER, 2), keeps.places(FOLDER, 1), keeps.get_tokenizer(PLACE)) == ([PLACE], [], b"{}")
+        keeps.get(PLACE, sha256, tmp_path / "b")
+        keeps.remove(PLACE)
+        with pytest.raises(NotWhole, match="not there"):
+            keeps.get(PLACE, sha256, tmp_path / "c")
+
     def test_what_a_library_says_is_one_line_without_signed_queries(self) -> None:
         assert told(OSError(28, "No space left on device")) == "it is full"
         assert told(RuntimeError("403 at https://b.s3/a?X-Amz-Signature=SECRET\nsorry")) == "403 at https://b.s3/a?… sorry"

@@ -136,3 +136,14 @@ def test_another_host_goes_on_begins_and_writes_from_what_the_lost_one_has_store
     ended = lab.client.wait(int(child["id"]), timeout_s=90)
     assert (ended["state"], ended["worker"]) == ("succeeded", "other"), ended["detail"]
     assert not list(lab.hosts[1].home.glob("runs/*/origin")), "it was needed at the start alone"
+
+    # Its weights, on a machine that has neither.
+    found = json.loads((lab.home / "client.json").read_text())
+    env = lab.environment | {"MOELAB_HOME": str(lab.home / "elsewhere"), "MOELAB_SERVER": found["server"], "MOELAB_TOKEN": found["token"]}
+    command = [sys.executable, "-m", "moelab.cli", "export-model", str(whole), "--out", str(lab.home / "model")]
+    without = {name: value for name, value in env.items() if name != "MOELAB_CHECKPOINTS"}
+    told = subprocess.run(command, env=without, check=False, capture_output=True, text=True, cwd=PROJECT)
+    assert told.returncode == 2 and f"MOELAB_CHECKPOINTS=file://{lab.storage}/" not in told.stderr and f"=file://{lab.storage} it is" in told.stderr
+    done = subprocess.run(command, env=env, check=False, capture_output=True, text=True, cwd=PROJECT)
+    assert done.returncode == 0 and list((lab.home / "model").glob("*.safetensors")), done.stderr
+    assert not list((lab.home / "elsewhere").glob("export-*"))
