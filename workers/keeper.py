@@ -73,7 +73,7 @@ class Keeper:
             self._closed.set()
             step = max(published(self._run_dir / "checkpoints"), default=0)
             why = f" ({self._problem[1]})" if self._problem else ""
-            self._trouble(step, f"its copy was not finished within {LAST_COPY_S:g} s of the end{why}")
+            self._trouble(step, f"its copy was not finished within {LAST_COPY_S:g} s of the end{why}", "it lies on this host only")
 
     def close(self) -> None:
         """No further piece is copied."""
@@ -167,11 +167,11 @@ class Keeper:
         self._problem, self._said = None, ""
         self._report()
 
-    def _trouble(self, step: int, why: str) -> None:
+    def _trouble(self, step: int, why: str, so: str = "training does not wait for it") -> None:
         self._problem = (step, why[:500])
         if why != self._said:
             self._said = why
-            self._say(f"the checkpoint of step {step} could not be stored in {self._url}: {why}; training does not wait for it")
+            self._say(f"the checkpoint of step {step} could not be stored in {self._url}: {why}; {so}")
         self._report()
 
     def _report(self) -> None:

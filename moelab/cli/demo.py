@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from moelab.cli import exit_code
 from moelab.cli.describe import add_set, overrides
-from moelab.cli.up import add_arguments, check_address, stop_on_signals
+from moelab.cli.up import add_arguments, check_address, check_storage, stop_on_signals
 
 if TYPE_CHECKING:
     from moelab.client import Client
@@ -34,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
     from moelab.stack import Stack, StackError
 
     check_address(args)
+    check_storage()
     changes = overrides(args.set)
     stop_on_signals()
     started = time.monotonic()

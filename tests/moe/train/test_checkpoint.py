@@ -148,7 +148,10 @@ def test_only_dead_writers_are_swept(tmp_path: Path) -> None:
 def test_the_newest_are_kept(tmp_path: Path) -> None:
     for step in (1, 5, 9, 100_000_000, 123_456_789):
         saved = save(tmp_path, step)
+    for aside in ("step-00000007.damaged", "step-00000008.left"):
+        (tmp_path / aside).mkdir()
     assert checkpoint.prune(tmp_path, 2, saved) == [1, 5, 9]
+    assert not list(tmp_path.glob("*.*"))
     assert checkpoint.steps(tmp_path) == [100_000_000, 123_456_789]
 
 

@@ -60,12 +60,17 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 # ----- a checkpoint
 
 
-@pytest.mark.parametrize("how", ["run", "run's directory", "checkpoints", "one checkpoint"])
-def test_fine_tuning_begins_with_a_runs_weights_and_a_fresh_optimiser(run: Start, place: Path, tmp_path: Path, how: str, capsys: Any) -> None:
+@pytest.mark.parametrize("how", ["run", "run brought here", "run's directory", "checkpoints", "one checkpoint"])
+def test_fine_tuning_begins_with_a_runs_weights_and_a_fresh_optimiser(
+    run: Start, place: Path, tmp_path: Path, how: str, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = place if how == "run" else tmp_path / "source"
     source = trained(run, out, training=SHORT)
+    if how == "run brought here":
+        monkeypatch.setenv("MOELAB_ORIGIN", str(out / "checkpoints"))
     parts: dict[str, dict[str, Any]] = {
         "run": {"run": NUMBER},
+        "run brought here": {"run": NUMBER},
         "run's directory": {"path": str(out)},
         "checkpoints": {"path": str(out / "checkpoints")},
     }
