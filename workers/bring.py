@@ -32,10 +32,19 @@ class NotBrought(Exception):  # noqa: N818
 
 
 class Porter:
-    """Of one claim. `tell` takes a message for the server, `wanted` says whether anybody still waits."""
+    """Of one claim. `say` takes a line for the log, `tell` a message for the server; `wanted` says whether anybody still waits."""
 
-    def __init__(self, claim: Claim, run_dir: Path, url: str, tell: Callable[[Mapping[str, Any]], None], wanted: Callable[[], bool]) -> None:
-        self._claim, self._run_dir, self._url, self._tell, self._wanted = claim, run_dir, url, tell, wanted
+    def __init__(
+        self,
+        claim: Claim,
+        run_dir: Path,
+        url: str,
+        *,
+        say: Callable[[str], None],
+        tell: Callable[[Mapping[str, Any]], None],
+        wanted: Callable[[], bool],
+    ) -> None:
+        self._claim, self._run_dir, self._url, self._say, self._tell, self._wanted = claim, run_dir, url, say, tell, wanted
 
     async def bring(self) -> None:
         """What the run has of its own, else what it begins from. Raises NotBrought, or OSError where this disk is full or lacks it."""
@@ -77,16 +86,17 @@ class Porter:
 
     async def _fetch(self, place: str, sha256: str, into: Path) -> None:
         """Fetches, again and again while the storage is away. Of one that is not whole the server hears before anybody asks for it again."""
-        deadline, wait_s = time.monotonic() + PATIENCE_S, 1.0
+        began, wait_s = time.monotonic(), 1.0
         while True:
             code, words = await self._once(Wanted(place=place, sha256=sha256, run_dir=into))
             if code == THERE:
+                self._say(f"{place} was fetched from {self._url} in {time.monotonic() - began:.1f} s")
                 return
             if code == DISK_FULL:
                 raise OSError(28, words)
             if code == NOT_WHOLE:
                 self._tell({"type": "damaged", "storage": self._url, "place": place, "detail": f"what was stored is damaged: {words}"})
-            if code != AWAY or time.monotonic() > deadline or not self._wanted():
+            if code != AWAY or time.monotonic() - began > PATIENCE_S or not self._wanted():
                 raise NotBrought(f"{place} could not be fetched from {self._url}: {words}")
             await asyncio.sleep(wait_s)
             wait_s = min(2 * wait_s, 15.0)

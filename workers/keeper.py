@@ -24,6 +24,8 @@ from workers.storage import TOKENIZER, Away, Interrupted, NotWhole, Storage, pub
 
 LAST_COPY_S = float(os.environ.get("MOELAB_LAST_COPY_TIMEOUT_S", "300"))
 """How long the end of an attempt waits for its last checkpoint."""
+IN_VAIN_S, CANCELLED_S = 20.0, 5.0
+"""The same where the storage has said no, and where somebody waits for the run to be gone."""
 _LOOK_S = 0.25
 _BACK_OFF_S = (2.0, 300.0)
 
@@ -61,19 +63,21 @@ class Keeper:
         self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)  # a storage that hangs keeps no process alive
         self._thread.start()
 
-    async def finish(self, wanted: Callable[[], bool]) -> None:
-        """Waits for the last copy: at most LAST_COPY_S, while it is `wanted`."""
+    async def finish(self, wanted: Callable[[], bool], *, cancelled: bool = False) -> None:
+        """Waits for the last copy, while it is `wanted` and not for ever."""
         if self._thread is None:
             return
         self._finishing.set()
-        deadline = time.monotonic() + LAST_COPY_S
-        while not self._idle.is_set() and wanted() and time.monotonic() < deadline:
+        began, limit_s = time.monotonic(), min(LAST_COPY_S, CANCELLED_S if cancelled else LAST_COPY_S)
+        while not self._idle.is_set() and wanted() and time.monotonic() - began < limit_s:
             await asyncio.sleep(_LOOK_S / 5)
+            if self._problem is not None:
+                limit_s = min(limit_s, IN_VAIN_S)
         if not self._idle.is_set():
             self._closed.set()
             step = max(published(self._run_dir / "checkpoints"), default=0)
             why = f" ({self._problem[1]})" if self._problem else ""
-            self._trouble(step, f"its copy was not finished within {LAST_COPY_S:g} s of the end{why}", "it lies on this host only")
+            self._trouble(step, f"its copy was not finished within {limit_s:g} s of the end{why}", "it lies on this host only")
 
     def close(self) -> None:
         """No further piece is copied."""

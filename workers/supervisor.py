@@ -129,7 +129,7 @@ class Supervisor:
         self._lock.write(self._holder)
         shutil.rmtree(self._run_dir / ORIGIN, ignore_errors=True)
         if self._keeper is not None:
-            await self._keeper.finish(wanted=lambda: not shipping.done())
+            await self._keeper.finish(wanted=lambda: not shipping.done(), cancelled=self._asked == "cancel")
         if shipping.done():
             await shipping
             return None
@@ -146,7 +146,7 @@ class Supervisor:
             return self._asked == "run" and not shipping.done()
 
         if self._claim.node == 0:
-            await Porter(self._claim, self._run_dir, self._storage, self._shipper.say, wanted).bring()
+            await Porter(self._claim, self._run_dir, self._storage, say=self._log.say, tell=self._shipper.say, wanted=wanted).bring()
         with (self._dir / "reserve").open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, _RESERVE_BYTES)
         meeting = None

@@ -245,6 +245,7 @@ class TestHosts:
         word = server.told[-1]
         assert (word["storage"], word["problem"], word["checkpoints"][-1]["step"]) == (url, None, from_step + 15)
         assert self.places(shared)[-1] == f"attempt-2/step-{from_step + 15:08d}", "the last one was stored before the end was told"
+        assert f"attempt-1/step-{from_step:08d} was fetched from {url}" in server.log[2].decode()
         assert self.places(shared) == [f"attempt-{one['attempt']}/step-{one['step']:08d}" for one in word["checkpoints"]]
         assert not list(second.home.glob("runs/1/attempts/*/storing"))
 
