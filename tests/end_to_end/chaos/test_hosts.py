@@ -60,7 +60,7 @@ class TrainingHost:
         self.name, self.address = name, f"{subnet}.{number + 1}"
         self.home = Path(tempfile.mkdtemp(prefix=f"{name}-"))
         self._link = f"{name}o"
-        self._environment = environment | {"MOELAB_HOME": str(self.home), "MOELAB_WORKER_NAME": name}
+        self.environment = environment | {"MOELAB_HOME": str(self.home), "MOELAB_WORKER_NAME": name}
         ip("netns", "add", name)
         ip("link", "add", self._link, "type", "veth", "peer", "name", "eth0", "netns", name)
         ip("link", "set", self._link, "master", bridge, "up")
@@ -74,7 +74,7 @@ class TrainingHost:
         own_name = ["unshare", "--uts", "sh", "-c", f'hostname {self.name} && exec "$@"', "sh"]
         command = ["nsenter", f"--net=/run/netns/{self.name}", *own_name, sys.executable, "-m", "moelab.cli", "worker"]
         with (self.home / "worker.log").open("ab") as log:
-            subprocess.Popen(command, env=self._environment, stdout=log, stderr=log, cwd=PROJECT, start_new_session=True)
+            subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, cwd=PROJECT, start_new_session=True)
 
     def processes(self) -> list[psutil.Process]:
         """Everything alive on this host."""
@@ -337,3 +337,28 @@ def test_three_hosts_train_one_run(lab: Network, parallel: dict[str, int]) -> No
     np.testing.assert_array_equal(lab.steps(run_id).arrays["step"], np.arange(1, 41))
     log = lab.client.http.request("GET", f"/runs/{run_id}/logs").text
     assert all(f"[{rank}] " in log for rank in range(3))
+
+
+def test_with_a_storage_the_first_host_need_not_be_the_one_that_saved_the_checkpoint(lab: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = lab.home / "shared"
+    shared.mkdir()
+    for host in lab.hosts:
+        host.vanish()
+        monkeypatch.setitem(host.environment, "MOELAB_CHECKPOINTS", f"file://{shared}")
+    lab.start(2)
+    run_id = lab.submit_on_hosts("storage", TWO_HOSTS | {"training.steps": 4000, "training.checkpoint_every": 50})
+    lab.wait(lambda: any(row["stored_at"] for row in lab.client.checkpoints(run_id)), 150)
+    first, other = lab.in_order(run_id)
+    first.vanish()
+    began = time.monotonic()
+    other.start_worker()
+    lab.hosts[2].start_worker()
+    lab.wait(lambda: lab.run(run_id)["attempt"] == 2 and lab.run(run_id)["state"] == "running", 150)
+    run = lab.run(run_id)
+    print(f"two others went on after {time.monotonic() - began:.1f} s, from step {run['resumed_from_step']}")
+    assert {node["worker"] for node in run["nodes"]} == {other.name, lab.hosts[2].name} and run["resumed_from_step"] >= 50
+    lab.wait_for_step(run_id, run["resumed_from_step"] + 10, 60)
+    lab.client.cancel(run_id)
+    lab.client.wait(run_id, timeout_s=60)
+    for host in lab.hosts:
+        host.vanish()
