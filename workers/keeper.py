@@ -88,6 +88,16 @@ class Keeper:
 
     def _run(self) -> None:
         scratch = self._run_dir / "attempts" / str(self._claim.attempt) / "storing"
+        try:
+            self._keep_on(scratch)
+        except Exception as error:  # ours: the training goes on, and its end does not wait for it
+            logger.exception("nothing is stored any more")
+            self._in_loop(self._trouble, max(published(self._run_dir / "checkpoints"), default=0), repr(error))
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+            self._idle.set()
+
+    def _keep_on(self, scratch: Path) -> None:
         for left in self._run_dir.glob(f"attempts/*/{scratch.name}"):
             shutil.rmtree(left, ignore_errors=True)
         wait_s, done = _BACK_OFF_S[0], -1
@@ -116,8 +126,6 @@ class Keeper:
                 wait_s = min(2 * wait_s, _BACK_OFF_S[1])
             else:
                 done, wait_s = step, _BACK_OFF_S[0]
-        shutil.rmtree(scratch, ignore_errors=True)
-        self._idle.set()
 
     def _store(self, step: int, scratch: Path) -> None:
         """Copies one, then removes what is one too many. Links keep its files while the trainer goes on and removes it."""
@@ -145,19 +153,19 @@ class Keeper:
         """The rule of the disk: the newest `keep_checkpoints` stay; with the attempt's first copy what older attempts left half done goes too."""
         surplus, self._held = self._held[: -self._keep], self._held[-self._keep :]
         doomed = [held.place for held in surplus if held.place]
-        if not self._swept:
-            self._swept = True
-            kept = {held.place for held in self._held}
-            doomed += [left for left in storage.places(self._claim.stored_as, self._claim.attempt) if left not in kept and left not in doomed]
-        for one in doomed:
-            if self._closed.is_set() or not self._current():
-                return
-            try:
-                storage.remove(one)
-            except Away as error:  # it takes room, and no harm is done
-                logger.warning("%s stays: %s", one, error)
         if surplus:
             self._in_loop(self._stored)
+        try:
+            if not self._swept:
+                kept = {held.place for held in self._held}
+                doomed += [left for left in storage.places(self._claim.stored_as, self._claim.attempt) if left not in kept and left not in doomed]
+                self._swept = True
+            for one in doomed:
+                if self._closed.is_set() or not self._current():
+                    return
+                storage.remove(one)
+        except Away as error:  # it takes room, and no harm is done
+            logger.warning("%s is not removed: %s", doomed, error)
 
     def _in_loop(self, function: Callable[..., None], *arguments: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: there is nobody to tell
