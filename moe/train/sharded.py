@@ -9,7 +9,7 @@ A checkpoint holds everything, whatever the ranks: what was saved by 2 x 1 ranks
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from moe.laps import Laps, together
 from moe.model import Transformer
 from moe.parallel import Mesh
+from spec.accounting.copies import BUCKET_BYTES
 
 _EXPERTS = ".ffn.experts."
 
@@ -123,19 +124,35 @@ def average_gradients(parameters: Mapping[str, nn.Parameter], size: int, mesh: M
 
 
 def _sum_over(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup | None, size: int, laps: Laps | None, *, alone: bool) -> None:
-    """One reduction of one flat buffer, divided by `size`; `alone` where no other rank has a part of it."""
-    parameters = list(parameters)
-    if not parameters:  # all that is trained lies on the other side
-        return
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    if not alone:
+    """Reductions of gradients in the order of `parameters`, divided by `size`; `alone` where no other rank has a part of them.
+
+    Small ones are joined in buckets, so that what lies in memory twice is bounded; one that fills a bucket is reduced where it lies.
+    """
+    gradients = []
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.contiguous()
+        gradients.append(parameter.grad)
+    for bucket in [] if alone else buckets(gradients, BUCKET_BYTES):
+        flat = bucket[0] if len(bucket) == 1 else torch.cat([gradient.flatten() for gradient in bucket])
         with together(laps, group):
             dist.all_reduce(flat, group=group)
-    flat /= size
-    means = torch.split_with_sizes(flat, [gradient.numel() for gradient in gradients])
-    for parameter, mean in zip(parameters, means, strict=True):
-        parameter.grad = mean.view_as(parameter)
+        if len(bucket) > 1:
+            sums = torch.split_with_sizes(flat, [gradient.numel() for gradient in bucket])
+            torch._foreach_copy_(bucket, [part.view_as(gradient) for part, gradient in zip(sums, bucket, strict=True)])
+    if gradients:
+        torch._foreach_div_(gradients, size)
+
+
+def buckets(gradients: Iterable[Tensor], limit_bytes: int) -> Iterator[list[Tensor]]:
+    """Consecutive gradients together while they are of at most `limit_bytes`; a larger one alone."""
+    bucket: list[Tensor] = []
+    for gradient in gradients:
+        if bucket and sum(one.nbytes for one in bucket) + gradient.nbytes > limit_bytes:
+            yield bucket
+            bucket = []
+        bucket.append(gradient)
+    if bucket:
+        yield bucket
 
 
 @torch.no_grad()

@@ -14,10 +14,13 @@ FLOPs        forward: 2 for each weight of a matrix that a token is multiplied b
              utilisation (`mfu`) are reckoned with.
              Encoder-decoder: per pair of one source and one target token, both sequences of seq_len tokens.
 Bytes        on one device: weights and gradients float32, AdamW's two moments float32; experts are divided over
-             parallel.expert ranks, the rest is replicated, or with parallel.shard divided over all ranks (but for routers in bfloat16;
-             its gradients not before the last of several micro-batches); what training.train leaves out has neither gradient nor moments.
+             parallel.expert ranks, the rest is replicated, or with parallel.shard divided over all ranks by whole rows, padding and all
+             (in bfloat16 matrices but routers' alone; gradients not before the last of several micro-batches), as on the fullest rank;
+             what training.train leaves out has neither gradient nor moments.
              `copies`: of weights, in bfloat16 for its products, and with parallel.shard what is whole meanwhile, see `copies.copy_bytes`.
-             `activations` is an estimate, see `memory.activation_bytes`. `checkpoint` is the whole file set: weights and moments.
+             `activations` is an estimate, see `memory.activation_bytes`. `reduction`: the largest buffer in which gradients are joined to
+             be reduced over ranks, when the backward pass has let go of copies and activations: the total has the larger of the two.
+             `checkpoint` is the whole file set: weights and moments.
 All-to-all   each of the top_k copies of a token crosses with probability (ranks - 1) / ranks, out and back, in the
              forward and in the backward pass (and once more where activations are recomputed), at the width of the residual
              stream in the arithmetic's precision.

@@ -16,11 +16,16 @@ def attention_counts(model: Model, blocks: int, *, last: bool = False) -> tuple[
     """`blocks` attention blocks together, and the norms inside them; with `last`, blocks of the last layer's kind."""
     attention, d = model.attention, model.d_model
     if isinstance(attention, LightningAttention):
-        softmax = blocks * attention.softmax_at(model.n_layers - 1) if last else blocks // attention.full_every
+        softmax = softmax_blocks(attention, model, blocks, last=last)
         linear = blocks - softmax
         return _softmax(attention, d) * softmax + _lightning(attention, d) * linear, vector(attention.n_heads * attention.head_dim) * linear
     one, norms = _latent(attention, d) if isinstance(attention, LatentAttention) else _grouped(attention, d, model.head_dim)
     return one * blocks, norms * blocks
+
+
+def softmax_blocks(attention: LightningAttention, model: Model, blocks: int, *, last: bool = False) -> int:
+    """How many of `blocks` blocks have softmax attention; with `last`, all are of the last layer's kind."""
+    return blocks * attention.softmax_at(model.n_layers - 1) if last else blocks // attention.full_every
 
 
 def _latent(attention: LatentAttention, d: int) -> tuple[Count, Count]:
@@ -43,12 +48,6 @@ def _grouped(attention: GroupedQueryAttention, d: int, head_dim: int) -> tuple[C
         n, k = attention.experts.n_experts, attention.experts.top_k
         one = one.choose(k, n) + matrix(d * n)
     return keys_values + one + output_bias + sinks, vector(norms)
-
-
-def attention_router(model: Model) -> int:
-    """Parameters of the router among the projections of one layer."""
-    experts = model.attention.experts if isinstance(model.attention, GroupedQueryAttention) else None
-    return model.d_model * experts.n_experts if experts else 0
 
 
 def _softmax(attention: LightningAttention, d: int) -> Count:

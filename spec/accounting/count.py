@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-from spec.accounting.attention import attention_counts, attention_router
+from spec.accounting.attention import attention_counts
 from spec.accounting.quantity import Count, matrix, vector
 from spec.model import Model
 from spec.moe import GATED, Moe
@@ -68,39 +66,6 @@ def mtp_parts(model: Model) -> dict[str, Count]:
     norms = 3 + (4 if model.sandwich_norm else 2)
     one = {"projection": matrix(2 * d * d), "attention": attention, **feed_forward, "norms": _norm(model) * norms + inner_norms}
     return {name: part * model.mtp_depth for name, part in one.items()}
-
-
-class Trained(NamedTuple):
-    """Parameters that are trained, those of multi-token prediction among them; how many of these are experts' and routers'."""
-
-    total: int
-    experts: int
-    routers: int
-
-
-def trained(model: Model, train: str) -> Trained:
-    """What `training.train` has trained."""
-    parts, ahead = count(model), mtp_parts(model)
-    moe = {name: parts[name].total + ahead.get(name, Count()).total for name in ("routers", "experts", "shared_experts")}
-    whole = sum(part.total for part in parts.values())
-    in_attention = attention_router(model) * (n_attentions(model) + model.mtp_depth)
-    if train == "only_router":
-        return Trained(moe["routers"] + in_attention, 0, moe["routers"] + in_attention)
-    if train == "only_moe":
-        return Trained(sum(moe.values()), moe["experts"], moe["routers"])
-    if train == "all_but_moe":
-        return Trained(whole - sum(moe.values()), 0, in_attention)
-    return Trained(whole, moe["experts"], moe["routers"] + in_attention)
-
-
-def layer_parts(model: Model) -> dict[str, Count]:
-    """The feed-forward parts of one layer: of a dense one, and of a MoE layer."""
-    return {"dense_ffn": _ffn(model.d_model, model.d_ff, model.activation) if has_dense(model) else Count(), **_moe(model)}
-
-
-def has_dense(model: Model) -> bool:
-    """Whether some layer has a dense feed-forward."""
-    return n_moe_layers(model) < model.n_layers + model.encoder_layers
 
 
 def _norm(model: Model) -> Count:

@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from spec.accounting.attention import attention_flops, mtp_attention_flops
-from spec.accounting.copies import copy_bytes, is_cut, sharding_bytes
-from spec.accounting.count import Trained, count, mtp_parts, trained
+from spec.accounting.copies import bucket_bytes, copy_bytes, held, is_cut, sharding_bytes
+from spec.accounting.count import count
 from spec.accounting.memory import activation_bytes, all_to_all_bytes, kv_cache_bytes, kv_cache_bytes_per_sequence
-from spec.accounting.quantity import Count
+from spec.accounting.tensors import tensors
 from spec.experiment import ExperimentSpec
 
 
@@ -32,13 +32,17 @@ class Flops:
 
 @dataclass(frozen=True)
 class Bytes:
-    """Memory on one device, and the size of a checkpoint. `copies`: of weights, beside the float32 ones, while a step runs."""
+    """Memory on one device, and the size of a checkpoint. `copies`: of weights, beside the float32 ones, while a step runs.
+
+    `reduction`: where gradients are joined to be reduced over ranks, after the backward pass has let go of copies and activations.
+    """
 
     weights: int
     gradients: int
     optimizer: int
     copies: int
     activations: int
+    reduction: int
     total_per_device: int
     checkpoint: int
 
@@ -79,13 +83,12 @@ def price(spec: ExperimentSpec) -> Price:
     products = sum(part.matmul for part in parts.values()) - mtp.matmul
     forward = 2 * products + attention_flops(model, s)
     ahead = 2 * (mtp.matmul + model.mtp_depth * parts["head"].matmul) + mtp_attention_flops(model, s)
-    experts = parts["experts"] + mtp_parts(model).get("experts", Count())
     return Price(
         total_params=total,
         mtp_params=mtp.total,
         active_params=ActiveParams(active, a1, a1 - parts["head"].active),
         flops_per_token=Flops(forward, 3 * (forward + ahead)),
-        bytes=_bytes(spec, total + mtp.total, experts.total),
+        bytes=_bytes(spec),
         tokens_per_step=spec.training.batch_size * spec.data.seq_len,
         all_to_all_bytes_per_token=all_to_all_bytes(spec),
         sharding_bytes_per_step=sharding_bytes(spec),
@@ -96,18 +99,14 @@ def price(spec: ExperimentSpec) -> Price:
     )
 
 
-def _bytes(spec: ExperimentSpec, total: int, experts: int) -> Bytes:
-    taught, whole = trained(spec.model, spec.training.train), trained(spec.model, "all")
-    held, learning = _here(spec, Trained(total, experts, whole.routers)), _here(spec, taught)
-    weights, moments, copies, activations = 4 * held, 8 * learning, copy_bytes(spec), activation_bytes(spec)
-    accumulated = is_cut(spec) and spec.training.grad_accumulation > 1  # whole on every rank until the last micro-batch reduces them
-    gradients = 4 * (taught.total - taught.experts + -(-taught.experts // spec.parallel.expert) if accumulated else learning)
-    held_at_once = weights + gradients + moments + copies + activations
-    return Bytes(weights, gradients, moments, copies, activations, held_at_once, 4 * total + 8 * taught.total)
-
-
-def _here(spec: ExperimentSpec, held: Trained) -> int:
-    """Of the parameters `held`, those on one device: experts are divided over their ranks; the others too where they are cut (see copies)."""
-    whole = held.routers if spec.training.precision == "bfloat16" and is_cut(spec) else 0
-    rest = held.total - held.experts - whole
-    return whole + -(-rest // (spec.parallel.world_size if spec.parallel.shard else 1)) + -(-held.experts // spec.parallel.expert)
+def _bytes(spec: ExperimentSpec) -> Bytes:
+    every = tensors(spec.model)
+    taught = [tensor for tensor in every if tensor.is_trained(spec.training.train)]
+    weights, learning = 4 * held(spec, every), 4 * held(spec, taught)
+    moments, copies, activations, reduction = 2 * learning, copy_bytes(spec), activation_bytes(spec), bucket_bytes(spec)
+    gradients = learning
+    if is_cut(spec) and spec.training.grad_accumulation > 1:  # whole on every rank until the last micro-batch reduces them
+        gradients = 4 * sum(tensor.over(spec.parallel.expert) if tensor.role == "expert" else tensor.size for tensor in taught)
+    held_at_once = weights + gradients + moments + max(copies + activations, reduction)
+    checkpoint = 4 * sum(tensor.size for tensor in every) + 8 * sum(tensor.size for tensor in taught)
+    return Bytes(weights, gradients, moments, copies, activations, reduction, held_at_once, checkpoint)

@@ -22,6 +22,7 @@ def table(cost: Price) -> str:
         ("optimiser", bytes_text(size.optimizer)),
         ("copies of weights (estimate)", bytes_text(size.copies)),
         ("activations (estimate)", bytes_text(size.activations)),
+        *([("joined for reduction", bytes_text(size.reduction))] if size.reduction else []),
         ("together, on one device", bytes_text(size.total_per_device)),
         ("checkpoint", bytes_text(size.checkpoint)),
         ("all-to-all per token", bytes_text(cost.all_to_all_bytes_per_token)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from spec.accounting import PARTS, bytes_text, check_size, count_text, price, table
@@ -35,11 +35,14 @@ def test_agrees_with_every_tensor_listed(spec: ExperimentSpec) -> None:
     assert a.without_embeddings == active.total() - active["embedding"] - active["head"]
 
 
-def listed(spec: ExperimentSpec) -> tuple[int, int, int]:
-    """Numbers of all tensors, of the experts' and of the routers', multi-token prediction's among them."""
-    every = [tensor for tensor in (*oracle.tensors(spec.model), *oracle.mtp_tensors(spec.model)) if "product" not in tensor.part]
-    experts = sum(tensor.size for tensor in every if tensor.part == "experts")
-    return sum(tensor.size for tensor in every), experts, sum(tensor.size for tensor in every if is_router(tensor, spec))
+def listed(spec: ExperimentSpec) -> list[oracle.Tensor]:
+    """All that is trained, tensor by tensor."""
+    return [tensor for tensor in (*oracle.tensors(spec.model), *oracle.mtp_tensors(spec.model)) if "product" not in tensor.part]
+
+
+def is_expert(tensor: oracle.Tensor, spec: ExperimentSpec) -> bool:
+    """Whether it lies where its expert does: a bias of the layer does not."""
+    return tensor.part == "experts" and not (spec.model.moe is not None and spec.model.moe.bias == "layer" and len(tensor.shape) == 1)
 
 
 def is_router(tensor: oracle.Tensor, spec: ExperimentSpec) -> bool:
@@ -52,17 +55,22 @@ def is_router(tensor: oracle.Tensor, spec: ExperimentSpec) -> bool:
 def test_bytes_follow_from_the_parameters(spec: ExperimentSpec) -> None:
     cost, ranks, world = price(spec), spec.parallel.expert, spec.parallel.world_size
     size, cut = cost.bytes, spec.parallel.shard and spec.parallel.world_size > 1
-    all_held, experts, routers = listed(spec)
-    whole = routers if cut and spec.training.precision == "bfloat16" else 0
-    held = (all_held - experts - whole) / (world if cut else 1) + whole + experts / ranks
-    assert held <= size.weights / 4 < held + 2
-    assert size.optimizer == 2 * size.weights
-    if cut and spec.training.grad_accumulation > 1:
-        assert all_held - experts + experts / ranks <= size.gradients / 4 < all_held - experts + experts / ranks + 1
+    every = listed(spec)
+    all_held, experts = sum(tensor.size for tensor in every), sum(tensor.size for tensor in every if is_expert(tensor, spec))
+    whole = all_held - experts + experts // ranks
+    if cut:  # more by the padding of rows, which tests/moe/parallel compare with what is allocated
+        assert size.weights / 4 >= (all_held - experts) / world + experts / ranks
+        assert size.weights / 4 <= whole + world * max(tensor.size for tensor in every)
     else:
-        assert size.gradients == size.weights
+        assert size.weights == 4 * whole
+    assert size.optimizer == 2 * size.weights
+    assert size.gradients == (4 * whole if cut and spec.training.grad_accumulation > 1 else size.weights)
     assert size.checkpoint == 12 * all_held
-    assert size.total_per_device == size.weights + size.gradients + size.optimizer + size.copies + size.activations
+    most = 4 * (all_held if ranks == 1 else max(all_held - experts, experts // ranks if spec.parallel.data > 1 else 0))
+    assert size.reduction <= min(most, 25 * 2**20)
+    assert (size.reduction == 0) == (world == 1) or cut
+    assert cut or world == 1 or size.reduction == min(most, 25 * 2**20)
+    assert size.total_per_device == size.weights + size.gradients + size.optimizer + max(size.copies + size.activations, size.reduction)
     width = 2 if spec.training.precision == "bfloat16" else 4
     moe = spec.model.moe
     crossings = 0.0
@@ -77,10 +85,6 @@ def test_bytes_follow_from_the_parameters(spec: ExperimentSpec) -> None:
 @DRAWN
 @given(specs())
 def test_copies_are_of_the_matrices_that_products_take(spec: ExperimentSpec) -> None:
-    attention, moe = spec.model.attention, spec.model.moe
-    if attention.kind == "gqa" and attention.experts:  # vectors beside experts are counted among these, in part
-        assume(not (attention.bias or attention.output_bias or attention.sinks or spec.model.position == "t5_relative"))
-    assume(moe is None or moe.bias != "layer")
     plain = spec.model_dump()
     plain["parallel"]["shard"] = False
     copies = {}

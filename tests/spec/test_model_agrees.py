@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from pydantic import ValidationError
 
 from spec import presets
 from spec.accounting import price
+from spec.accounting.tensors import tensors
 from spec.experiment import ExperimentSpec
 from spec.trainable import problems
 from tests.spec.strategies import specs
@@ -17,16 +20,24 @@ from tests.spec.strategies import specs
 torch = pytest.importorskip("torch")
 
 
-def built(spec: ExperimentSpec) -> int:
+def built(spec: ExperimentSpec) -> Counter[tuple[int, int, bool]]:
+    """Rows, and numbers in each, of all parameters, and whether they are routers'."""
     from moe.model import build_model
 
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in build_model(spec.model).parameters())
+        model = build_model(spec.model)
+    routers = {id(parameter) for parameter in model.router_parameters()}
+    shapes = [(*(tuple(parameter.shape) or (0,)), id(parameter) in routers) for parameter in model.parameters()]
+    return Counter((rows, math.prod(rest), router) for rows, *rest, router in shapes)
 
 
-def counted(spec: ExperimentSpec) -> int:
+def counted(spec: ExperimentSpec) -> Counter[tuple[int, int, bool]]:
+    found: Counter[tuple[int, int, bool]] = Counter()
+    for tensor in tensors(spec.model):
+        found[tensor.rows, tensor.width, tensor.role == "router"] += tensor.times
     cost = price(spec)
-    return cost.total_params + cost.mtp_params
+    assert sum(max(rows, 1) * width * times for (rows, width, _), times in found.items()) == cost.total_params + cost.mtp_params
+    return found
 
 
 TRAINABLE = [name for name in presets.names() if not problems(presets.load(name))]
@@ -75,7 +86,7 @@ def test_what_is_frozen_has_neither_gradient_nor_moments(name: str, train: str) 
         trained = sum(parameter.numel() for parameter in freeze(build_model(spec.model), train))
     size = price(spec).bytes
     assert (size.gradients, size.optimizer) == (4 * trained, 8 * trained)
-    assert size.checkpoint == 4 * counted(spec) + 8 * trained
+    assert size.checkpoint == 4 * (price(spec).total_params + price(spec).mtp_params) + 8 * trained
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])

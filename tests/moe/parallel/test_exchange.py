@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from kernels import experts_naive
@@ -33,9 +35,60 @@ def weights() -> tuple[Tensor, Tensor]:
 
 
 def every_kind(data: int, expert: int) -> dict[str, dict[str, Tensor]]:
-    """One rank's share of each kind of routing."""
+    """One rank's share of each kind of routing, and of gradients that are averaged in small buckets."""
     mesh = Mesh.of(data, expert)
-    return {kind: spread(mesh, kind) for kind in KINDS}
+    return {kind: spread(mesh, kind) for kind in KINDS} | {"buckets": in_buckets(data * expert, mesh)}
+
+
+SHAPES = {
+    "a": (3,),
+    "b": (2, 2),
+    "c": (),
+    "d": (50,),
+    "blocks.0.ffn.experts.w_in": (2, 4),
+    "e": (5, 1),
+    "blocks.0.ffn.experts.w_out": (3,),
+    "f": (1,),
+}
+BUCKET_BYTES = 64  # of float64: 8 numbers
+
+
+def gradient(name: str, rank: int) -> Tensor | None:
+    """Of one rank; some ranks have none of some."""
+    generator = torch.Generator().manual_seed(1000 * rank + len(name) + ord(name[-1]))
+    return None if (name, rank) in (("b", 1), ("f", 0)) else torch.randn(SHAPES[name], dtype=torch.float64, generator=generator)
+
+
+def in_buckets(size: int, mesh: Mesh | None) -> dict[str, Tensor]:
+    """The mean gradients, and in `sent` the numbers in each buffer that was reduced."""
+    rank = mesh.rank if mesh else 0
+    parameters = {name: nn.Parameter(torch.zeros(shape, dtype=torch.float64)) for name, shape in SHAPES.items()}
+    for name, parameter in parameters.items():
+        parameter.grad = gradient(name, rank)
+    with patch.object(sharded, "BUCKET_BYTES", BUCKET_BYTES), patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduce:
+        sharded.average_gradients(parameters, size, mesh)
+    sent = torch.tensor([call.args[0].numel() for call in reduce.call_args_list], dtype=torch.int64)
+    return {"sent": sent, **{name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}}
+
+
+def check_buckets(got: list[dict[str, Tensor]], data: int, expert: int) -> None:
+    for name, shape in SHAPES.items():
+        for rank, mine in enumerate(got):
+            theirs = [other for other in range(data * expert) if "experts" not in name or other % expert == rank % expert]
+            total = torch.zeros(shape, dtype=torch.float64)
+            for other in theirs:
+                part = gradient(name, other)
+                total = total if part is None else total + part
+            torch.testing.assert_close(mine[name], total / (data * expert), rtol=1e-14, atol=1e-14)
+    for mine in got:
+        assert mine["sent"].tolist() == ([8, 3] if data > 1 else []) + [8, 50, 6], "experts' over their replicas; then a, b, c; d alone; e, f"
+
+
+def test_gradients_of_one_rank_are_its_own() -> None:
+    mine = in_buckets(1, None)
+    assert mine.pop("sent").tolist() == []
+    assert mine.keys() == SHAPES.keys() - {"f"}
+    assert all(torch.equal(mean, gradient(name, 0)) for name, mean in mine.items())  # type: ignore[arg-type]
 
 
 def spread(mesh: Mesh, kind: str) -> dict[str, Tensor]:
@@ -54,6 +107,7 @@ def test_spread_experts_are_the_experts_of_one_process(tmp_path: Path, data: int
     ranks = on_ranks(data * expert, tmp_path, every_kind, data, expert)
     for kind in KINDS:
         check([rank[kind] for rank in ranks], data, expert, kind)
+    check_buckets([rank["buckets"] for rank in ranks], data, expert)
 
 
 def check(got: list[dict[str, Tensor]], data: int, expert: int, kind: str) -> None:
