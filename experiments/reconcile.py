@@ -19,7 +19,7 @@ from django.db.models.functions import Now
 
 from experiments import doorbell
 from experiments.actions.attempt import leave
-from experiments.actions.node import close_nodes, lose_silent_nodes
+from experiments.actions.node import LastWord, close_nodes, lose_silent_nodes
 from experiments.actions.now import after_now
 from experiments.actions.serve_generation import take_back
 from experiments.actions.transition import StateConflict, transition
@@ -85,7 +85,7 @@ def _take_back() -> list[int]:
                 transition(run, State.CANCELLED, by="reconciler", reason="cancelled", detail=f"{who} did not answer")
             else:
                 detail = f"attempt {run.attempt} on {who} was not heard from for its whole lease"
-                close_nodes(run, outcome="failed", reason="worker_lost", detail=detail)
+                close_nodes(run, LastWord("failed", "worker_lost", detail))
                 leave(run, by="reconciler", counts=True, reason="worker_lost", detail=detail)
         except StateConflict as conflict:
             logger.warning("%s", conflict)

@@ -57,15 +57,17 @@ class Shipper:
         *,
         log: Path | None = None,
         on_command: Callable[[str, int], None] = lambda desired, checkpoint_requests: None,
-        on_hosts: Callable[[str, Mapping[str, str] | None], None] = lambda rendezvous, lost: None,
+        on_hosts: Callable[[str, Mapping[str, str] | None, bool], None] = lambda rendezvous, lost, hanging: None,
     ) -> None:
         """`url` is asked for the address at each connection; `on_command` hears (desired, checkpoint_requests), and `on_hosts`, of
-        an attempt on several hosts, (where the ranks meet, the reason and detail of a host that has failed)."""
+        an attempt on several hosts, (where the ranks meet, the reason and detail of a host that has failed, whether the ranks stand still)."""
         self._url, self._token, self._boxes, self._log = url, token, boxes, log
         self._on_command, self._on_hosts = on_command, on_hosts
         self._own = boxes[-1]
         self._said: dict[str, tuple[int, str]] = {}
         self._last_word = ""
+        self.word_noted = False
+        """Whether the server has taken what was said by `leave`."""
         self._last_seq: int | None = None
         self._log_sent = self._log_acked = 0
         self._heard = 0.0
@@ -166,13 +168,14 @@ class Shipper:
         elif kind == "log_ack":
             self._log_acked = int(message["offset"])
         elif kind == "fenced":
+            self.word_noted = bool(message.get("noted"))
             raise Fenced(_FENCED_TEXT)
         elif kind == "refused":
             raise Refused(str(message.get("error", "")))
         if kind in ("hello", "command"):
             self._on_command(str(message["desired"]), int(message["checkpoint_requests"]))
             if hosts := message.get("hosts"):
-                self._on_hosts(str(hosts["rendezvous"]), hosts["lost"])
+                self._on_hosts(str(hosts["rendezvous"]), hosts["lost"], bool(hosts.get("hanging")))
 
     async def _send(self, socket: ClientConnection) -> None:
         """Whole older attempts first; then the log in pieces and the own records, as they come."""

@@ -64,6 +64,10 @@ class Claim(BaseModel):
         path = urlsplit(self.ingest_url).path
         return f"{scheme}://{server.netloc}{path}?attempt={self.attempt}" + (f"&node={self.node}" if self.node else "")
 
+    def last_word_url(self) -> str:
+        """Where a node that was fenced says how its ranks ended."""
+        return f"{self.socket_url()}&last_word=1"
+
     @property
     def first_rank(self) -> int:
         """The number of this host's first rank."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from workers.verdict import says_peer_gone
 
 LIMIT_BYTES = 64 * 1024 * 1024
-_TAIL_CHARS = 8_000
+_TAIL_CHARS, _STACKS_CHARS = 8_000, 32_000
 # Control characters but tab and newline, and those that reorder text: they can rewrite what a terminal or page shows.
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 _LINE_END = re.compile("\r\n?")
@@ -28,6 +28,7 @@ class RunLog:
         self._decoders = {rank: codecs.getincrementaldecoder("utf-8")("backslashreplace") for rank in ranks}
         self._open_line: dict[int, str] = {}
         self._full = False
+        self._tail_chars = _TAIL_CHARS
         self.size = os.fstat(self._fd).st_size
         self.tail = ""
         self.last_words: dict[int, str] = {}
@@ -52,6 +53,10 @@ class RunLog:
         start = "" if self.tail.endswith("\n") or not self.tail else "\n"
         self._write(f"{start}moelab: {safe(line)}\n")
 
+    def make_room(self) -> None:
+        """From now on the tail holds the stacks of several ranks."""
+        self._tail_chars = _STACKS_CHARS
+
     @property
     def last_line(self) -> str:
         """The last line that is not empty."""
@@ -63,7 +68,7 @@ class RunLog:
     def _write(self, text: str) -> None:
         if not text:
             return
-        self.tail = (self.tail + text)[-_TAIL_CHARS:]
+        self.tail = (self.tail + text)[-self._tail_chars :]
         if self._full:
             return
         data = text.encode(errors="backslashreplace")

@@ -4,7 +4,8 @@
 
 It needs no server to go on: training writes to the spool, and what was not acknowledged is sent when the server is back.
 It kills its ranks and leaves only when it is told that a later attempt exists. When it dies, its ranks die with it.
-Of the supervisors of a run on several hosts, node 0's ships and judges; the others tell the server how their ranks ended.
+Of the supervisors of a run on several hosts, node 0's ships and judges; the others tell the server how their ranks ended, also where
+the attempt was ended before they could. When node 0 sees that the ranks stand still, each has the stacks of its own.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import logging
 import os
 import shutil
 import signal
-import socket
 import sys
 import time
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from moelab.outbox import Outbox, outboxes
-from moelab.shipper import Fenced, Shipper
+from moelab.shipper import Denied, Fenced, Shipper
 from spec import events, spool
 from workers.bring import UNREACHABLE, NotBrought, Porter
 from workers.claim import Claim
@@ -42,6 +42,10 @@ from workers.verdict import STOPPED, Verdict, judge
 
 GRACE_S = 10.0
 SURVIVORS_S = 3.0
+STACKS_S = 2.0
+"""How long ranks that stand still have to write their stacks; those of node 0 live until the others have heard of it, too."""
+HEARD_S = 3.0
+LAST_WORD_S = 10.0
 STRAGGLERS_S = 60.0
 FIRST_STEP_S = float(os.environ.get("MOELAB_FIRST_STEP_TIMEOUT_S", "300"))
 STEP_S = float(os.environ.get("MOELAB_STEP_TIMEOUT_S", "120"))
@@ -95,6 +99,7 @@ class Supervisor:
                 await shipping
         except Fenced as answer:
             logger.info("fenced: %s", answer)
+            await self._say_last_word(answer)
         except asyncio.CancelledError:
             logger.info("the host goes down; what was not shipped stays in the spool")
         finally:
@@ -171,11 +176,13 @@ class Supervisor:
             self._asked = cast(Literal["cancel", "pause"], desired)
             self._stop()
 
-    def _hear_of_hosts(self, place: str, lost: Mapping[str, str] | None) -> None:
-        """The server's word on the attempt's hosts. One that has failed ends it."""
+    def _hear_of_hosts(self, place: str, lost: Mapping[str, str] | None, hanging: bool) -> None:
+        """The server's word on the attempt's hosts. One that has failed ends it; if they stand still, we want to know where ours do."""
         self._ranks.poll()
-        if self._company.hear(place, lost, all_well_here=not self._ranks.exits) and self._kill_at is None:
+        if self._company.hear(place, lost, all_well_here=not self._ranks.exits and not self._hang) and self._kill_at is None:
             self._kill_at = time.monotonic() + SURVIVORS_S
+        if hanging and self._claim.node and not self._hang and self._ranks.alive:
+            self._end_hang("node 0 has no sign of progress; the stacks of this host's ranks are at the end of its log", STACKS_S, stacks=True)
 
     def _stop(self) -> None:
         """Asks the ranks for a checkpoint and their end; those that live after GRACE_S are killed."""
@@ -213,11 +220,23 @@ class Supervisor:
             return
         silent_s = self._progress.silent_too_long(now) if self._claim.node == 0 else None  # the spool is node 0's
         if silent_s is not None:
-            self._hang = f"no sign of progress for {silent_s:.0f} s" + (_stacks(self._claim) if self._progress.started else " since it was started")
-            self._log.say(self._hang)
-            if self._progress.started:
-                self._ranks.signal(signal.SIGUSR2)
-            self._kill_at = now + 2.0
+            silence = f"no sign of progress for {silent_s:.0f} s"
+            if not self._progress.started:
+                self._end_hang(f"{silence} since it was started", STACKS_S, stacks=False)  # it has no handler for the signal yet
+            elif self._claim.nodes == 1:
+                self._end_hang(f"{silence}; the stacks of all ranks are at the end of the log", STACKS_S, stacks=True)
+            else:
+                self._shipper.say({"type": "hanging"})
+                where = "the stacks of each host's ranks are in the log, and kept with that host"
+                self._end_hang(f"{silence}; {where}", HEARD_S + STACKS_S, stacks=True)
+
+    def _end_hang(self, said: str, seconds: float, *, stacks: bool) -> None:
+        """Kills the ranks in `seconds`, during which they write their stacks."""
+        self._hang, self._kill_at = said, time.monotonic() + seconds
+        self._log.say(said)
+        if stacks:
+            self._log.make_room()
+            self._ranks.signal(signal.SIGUSR2)
 
     # ----- when it is over
 
@@ -236,7 +255,7 @@ class Supervisor:
         """Appends RunEnded to the spool, as soon as the disk takes it, and lets the shipper finish. Another node says its last word."""
         if self._claim.node:
             logger.info("%s", verdict)
-            self._shipper.leave({"type": "left", "outcome": verdict.outcome, "reason": verdict.reason, "detail": verdict.detail[:4000]})
+            self._shipper.leave(self._left(verdict))
             return
         event = events.RunEnded(
             at=time.time(),
@@ -260,14 +279,26 @@ class Supervisor:
                 logger.warning("the spool does not take the last event: %s", error)
                 await asyncio.sleep(5)
 
+    def _left(self, verdict: Verdict | None) -> dict[str, Any]:
+        """The last word of a node; None: its ranks ended because we killed them when the attempt was over."""
+        said = verdict._asdict() if verdict else {"outcome": "stopped", "reason": "", "detail": ""}
+        return {"type": "left", **said, "detail": said["detail"][:4000], "log_tail": self._log.tail}
 
-def _stacks(claim: Claim) -> str:
-    """Whose stacks the log has after a hang: those of this host's ranks."""
-    if claim.nodes == 1:
-        return "; the stacks of all ranks are at the end of the log"
-    last = claim.first_rank + len(claim.devices) - 1
-    ranks = f"rank {last}" if claim.first_rank == last else f"ranks {claim.first_rank} to {last}"
-    return f"; the stacks of {ranks}, on {socket.gethostname()}, are in the log, those of other hosts' ranks are not"
+    async def _say_last_word(self, answer: Fenced) -> None:
+        """How the ranks of a node ended that was fenced before it had said so. Nobody waits for it, so there is little time."""
+        if not self._claim.node or self._shipper.word_noted or isinstance(answer, Denied):
+            return
+        self._kill()
+        self._ranks.close()
+        self._holder.devices, self._holder.ranks = [], []
+        self._lock.write(self._holder)
+        of_their_own = self._hang or any(not end.by_us for end in self._ranks.exits)
+        own = Outbox(self._claim.attempt, self._dir / "events.spool")
+        shipper = Shipper(self._claim.last_word_url, self._claim.token, [own], log=self._dir / "log.txt")
+        shipper.leave(self._left(self._judge() if of_their_own else None))
+        with contextlib.suppress(Fenced, TimeoutError):
+            async with asyncio.timeout(LAST_WORD_S):
+                await shipper.run()
 
 
 def _threads(claim: Claim) -> int:

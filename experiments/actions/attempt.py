@@ -16,7 +16,7 @@ from django.db.models.functions import Coalesce, Now
 from experiments import secret
 from experiments.access import authenticate_token, roles_include
 from experiments.actions.lease import LEASE_S
-from experiments.actions.node import Hosts, close_nodes, hosts_of, may_speak, never_taken
+from experiments.actions.node import Hosts, LastWord, close_nodes, hosts_of, may_speak, never_taken
 from experiments.actions.now import after_now
 from experiments.actions.stored import is_left_behind, leave_behind
 from experiments.actions.transition import locked, transition
@@ -39,6 +39,8 @@ class IngestGrant:
     attempt: int
     is_recorder: bool
     node: int = 0
+    last_word: bool = False
+    """The node connects to say this alone."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,14 @@ class Command:
     """Where the attempt has several."""
 
 
-def authenticate_ingest(run_id: int, attempt: int, bearer: str, node: int = 0) -> IngestGrant | None:
+def authenticate_ingest(run_id: int, attempt: int, bearer: str, node: int = 0, *, last_word: bool = False) -> IngestGrant | None:
     """The right to speak for an attempt: by the token of its claim, or (attempt 0 of a recorded run) a user's token with scope `ingest`.
 
     A `node` other than the first speaks for itself alone, by the token of its own claim.
     """
     if node:
-        return IngestGrant(run_id, attempt, is_recorder=False, node=node) if may_speak(run_id, attempt, node, bearer) else None
+        grant = IngestGrant(run_id, attempt, is_recorder=False, node=node, last_word=last_word)
+        return grant if may_speak(run_id, attempt, node, bearer) else None
     run = Run.objects.filter(pk=run_id).only("id", "project_id", "recorded", "attempt_token_sha256s").first()
     if run is None:
         return None
@@ -157,7 +160,7 @@ def end_attempt(run_id: int, attempt: int, event: RunEnded) -> None:
     if run.attempt != attempt or run.state not in LIVE:
         return
     by = _speaker(run)
-    close_nodes(run, outcome=event.outcome, reason=event.reason, detail=event.detail)
+    close_nodes(run, LastWord(event.outcome, event.reason, event.detail, event.exit_code, event.signal, event.log_tail))
     said: dict[str, Any] = {
         "reason": event.reason[:64],
         "detail": event.detail,

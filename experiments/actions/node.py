@@ -1,13 +1,13 @@
 """The hosts of an attempt that has several: their right to speak, their leases, where they meet, and what became of them.
 
 Node 0 speaks for the attempt and judges it (see attempt): what is noted here of another node reaches it as a command, and it ends the
-attempt for that reason. A node that has left, or whose attempt is over, is fenced.
+attempt for that reason. A node that has left, or whose attempt is over, is fenced; but one that others ended may still say its last word.
 """
 
 from __future__ import annotations
 
 import hmac
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from django.db.models import F, Q, QuerySet
 from django.db.models.functions import Now
@@ -18,6 +18,7 @@ from experiments.actions.now import after_now
 from experiments.live.publish import publish_run
 from experiments.models import LIVE, Node, Run
 
+LAST_WORD_S = 60
 PEER_LOST = "peer_lost"
 """The reason of a node that only noticed that another was gone: any other node's reason says more."""
 
@@ -29,17 +30,31 @@ class Hosts:
     rendezvous: str
     lost: tuple[str, str] | None
     """(reason, detail) of the node that has failed first."""
+    hanging: bool = False
+    """The ranks stand still: each host is to note its own ranks' stacks."""
+
+
+@dataclass(frozen=True)
+class LastWord:
+    """How a node's ranks ended; the exit code or the signal is that of the first one that failed."""
+
+    outcome: str
+    reason: str = ""
+    detail: str = ""
+    exit_code: int | None = None
+    signal: int | None = None
+    log_tail: str = ""
 
 
 def hosts_of(run_id: int, attempt: int) -> Hosts:
     """As node 0 has told it, and the others."""
     rows = Node.objects.filter(run=run_id, attempt=attempt).order_by("left_at", "rank")
-    nodes = list(rows.values_list("rank", "rendezvous", "outcome", "reason", "detail"))
-    failed = [(reason, detail) for rank, _, outcome, reason, detail in nodes if rank and outcome == "failed"]
+    nodes = list(rows.values_list("rank", "rendezvous", "outcome", "reason", "detail", "hangs"))
+    failed = [(reason, detail) for rank, _, outcome, reason, detail, _ in nodes if rank and outcome == "failed"]
     plain = [lost for lost in failed if lost[0] != PEER_LOST]
-    all_left = all(outcome for rank, _, outcome, _, _ in nodes if rank)
+    all_left = all(outcome for rank, _, outcome, *_ in nodes if rank)
     lost = plain[0] if plain else failed[0] if failed and all_left else None
-    return Hosts(next((place for rank, place, *_ in nodes if rank == 0), ""), lost)
+    return Hosts(next((place for rank, place, *_ in nodes if rank == 0), ""), lost, any(node[-1] for node in nodes))
 
 
 def may_speak(run_id: int, attempt: int, rank: int, bearer: str) -> bool:
@@ -64,19 +79,34 @@ def announce(run_id: int, attempt: int, rendezvous: str) -> None:
         publish_run(run_id)
 
 
-def leave_node(run_id: int, attempt: int, rank: int, *, outcome: str, reason: str, detail: str) -> None:
-    """The node's ranks have ended. The first word counts."""
-    if present(run_id, attempt, rank).update(outcome=outcome, reason=reason[:64], detail=detail, left_at=Now()):
+def hang(run_id: int, attempt: int) -> None:
+    """Node 0 says that the ranks stand still."""
+    if present(run_id, attempt, 0).filter(hangs=False).update(hangs=True):
         publish_run(run_id)
 
 
-def close_nodes(run: Run, *, outcome: str, reason: str, detail: str) -> None:
+def leave_node(run_id: int, attempt: int, rank: int, word: LastWord) -> bool:
+    """The node's ranks have ended; whether that was noted. The first word counts, and for LAST_WORD_S one of a node that others have ended."""
+    said = {**asdict(word), "reason": word.reason[:64]}
+    noted = present(run_id, attempt, rank).update(**said, left_at=Now()) or ended_by_others(run_id, attempt, rank).update(**said)
+    if noted:
+        publish_run(run_id)
+    return bool(noted)
+
+
+def ended_by_others(run_id: int, attempt: int, rank: int) -> QuerySet[Node]:
+    """The node, if its attempt was ended a short time ago, before it had said how its own ranks did: it has no reason then."""
+    over = Node.objects.filter(run=run_id, attempt=attempt, rank=rank, rank__gt=0, reason="").exclude(outcome="")
+    return over.filter(left_at__gt=after_now(-LAST_WORD_S))
+
+
+def close_nodes(run: Run, word: LastWord) -> None:
     """The present attempt of `run`, which the caller has locked, is over, as node 0 has said or as was said for it. Hosts that had no word
     ended as it did or, where it failed, were stopped.
     """
     silent = Node.objects.filter(run=run.pk, attempt=run.attempt, attempt__gt=0, outcome="")
-    silent.filter(rank=0).update(outcome=outcome, reason=reason[:64], detail=detail, left_at=Now())
-    silent.update(outcome="stopped" if outcome == "failed" else outcome, left_at=Now())
+    silent.filter(rank=0).update(**{**asdict(word), "reason": word.reason[:64]}, left_at=Now())
+    silent.update(outcome="stopped" if word.outcome == "failed" else word.outcome, left_at=Now())
 
 
 def never_taken(run: Run) -> bool:
@@ -92,7 +122,5 @@ def lose_silent_nodes() -> list[int]:
     lost = list(silent.select_related("worker").order_by("pk")[:1000])
     for node in lost:
         was = "was not heard from for its whole lease" if node.token_sha256 else "did not take its part in time"
-        leave_node(
-            node.run_id, node.attempt, node.rank, outcome="failed", reason="worker_lost", detail=f"node {node.rank} on {node.worker.name} {was}"
-        )
+        leave_node(node.run_id, node.attempt, node.rank, LastWord("failed", "worker_lost", f"node {node.rank} on {node.worker.name} {was}"))
     return [node.run_id for node in lost]

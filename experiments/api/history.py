@@ -14,7 +14,7 @@ from experiments.api.endpoint import Endpoint, Query, items, parameters
 from experiments.api.problems import wrong_parameter
 from experiments.api.resources import (
     CheckpointResource,
-    NodeResource,
+    NodeEnd,
     TransitionResource,
     checkpoint_json,
     node_json,
@@ -34,7 +34,7 @@ class TransitionList(BaseModel):
 class NodeList(BaseModel):
     """The hosts of a run's attempts; empty for a run on one host."""
 
-    items: list[NodeResource]
+    items: list[NodeEnd]
     next_cursor: None
 
 
@@ -82,7 +82,7 @@ class Nodes(Endpoint):
 
     @extend_schema(operation_id="list_nodes", responses=NodeList)
     def get(self, request: Request, run_id: int) -> Response:
-        """Those of each attempt, the newest attempt first: which ranks were where, and how they ended."""
+        """Those of each attempt, the newest attempt first: which ranks were where, how they ended, and the end of each host's log."""
         self.query(Query)
         return items([node_json(row) for row in nodes_of(self.run(run_id))])
 

@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Any
 
 from django.conf import settings
-from django.db.models import QuerySet, prefetch_related_objects
+from django.db.models import Prefetch, QuerySet, prefetch_related_objects
 from pydantic import BaseModel, ConfigDict, Field
 
 from experiments.actions.stored import stored_at
@@ -20,7 +20,10 @@ class Out(BaseModel):
 
 
 class NodeResource(Out):
-    """A host of an attempt that is on several: node `rank`, with the run's `ranks`; `outcome` is "" while they train."""
+    """A host of an attempt that is on several: node `rank`, with the run's `ranks`; `outcome` is "" while they train.
+
+    `exit_code` or `signal` is that of the first of its ranks that failed.
+    """
 
     attempt: int
     rank: int
@@ -32,6 +35,14 @@ class NodeResource(Out):
     reason: str
     detail: str
     left_at: datetime | None
+    exit_code: int | None
+    signal: int | None
+
+
+class NodeEnd(NodeResource):
+    """With the end of its log."""
+
+    log_tail: str = Field(description="How the host's log ends; after a hang with the stacks of its ranks.")
 
 
 class RunResource(Out):
@@ -117,8 +128,13 @@ def run_json(run: Run, *, spec: bool = False, sparkline: list[float] | None = No
     return resource.model_dump(mode="json", exclude=absent)
 
 
+def hosts() -> Prefetch[Any, Any, Any]:
+    """What a list of runs is to prefetch for `run_json`."""
+    return Prefetch("nodes", Node.objects.defer("log_tail").select_related("worker"))
+
+
 def _nodes(run: Run) -> list[NodeResource]:
-    prefetch_related_objects([run], "nodes__worker")  # unless that was done for a whole list
+    prefetch_related_objects([run], hosts())  # unless that was done for a whole list
     return [_node(row) for row in sorted(run.nodes.all(), key=lambda node: node.rank) if row.attempt == run.attempt]
 
 
@@ -134,7 +150,7 @@ def nodes_of(run: Run) -> QuerySet[Node]:
 
 def node_json(row: Node) -> dict[str, Any]:
     """`row.worker` should have been selected with it."""
-    return _node(row).model_dump(mode="json")
+    return NodeEnd(**_node(row).model_dump(), log_tail=row.log_tail).model_dump(mode="json")
 
 
 def _progress(run: Run) -> float:

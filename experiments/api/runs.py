@@ -19,7 +19,7 @@ from experiments.actions.submit import submit
 from experiments.actions.transition import StateConflict
 from experiments.api.endpoint import Endpoint, items, parameters
 from experiments.api.idempotency import KEY, MakesRuns, given_key
-from experiments.api.resources import RunResource, run_json
+from experiments.api.resources import RunResource, hosts, run_json
 from experiments.api.runs_query import RunsQuery
 from experiments.api.shapes import BulkBody, CheckpointReference, Described, RecordBody, SubmitBody
 from experiments.models import Checkpoint, Role, Run
@@ -57,7 +57,7 @@ class Runs(MakesRuns):
     def get(self, request: Request) -> Response:
         """Runs, newest first, page by page."""
         query = self.query(RunsQuery)
-        page = list(query.apply(access.visible_runs(self.principal).select_related(*_WITH).prefetch_related("nodes__worker"))[: query.limit + 1])
+        page = list(query.apply(access.visible_runs(self.principal).select_related(*_WITH).prefetch_related(hosts()))[: query.limit + 1])
         more, page = len(page) > query.limit, page[: query.limit]
         lines = sparklines([run.pk for run in page])
         shown = [run_json(run, sparkline=lines.get(run.pk, [])) for run in page]

@@ -13,7 +13,7 @@ from urllib.parse import parse_qs
 from django.db import DatabaseError
 
 from experiments.actions.attempt import IngestGrant, authenticate_ingest
-from experiments.ingest.node import NodeSession
+from experiments.ingest.node import LastWordSession, NodeSession
 from experiments.ingest.session import PUSH_INTERVAL_S, Answer, Session
 from experiments.live.publish import stream_of
 from experiments.live.reader import reader
@@ -44,7 +44,8 @@ async def ingest(scope: dict[str, Any], receive: Receive, send: Send) -> None:
             return
         await send({"type": "websocket.accept"})
         async with reader().subscribed(stream_of(run_id)) as news:
-            session = NodeSession(grant) if grant.node else Session(grant)
+            kind = LastWordSession if grant.last_word else NodeSession if grant.node else Session
+            session = kind(grant)
             await _Conversation(session, receive, send).hold(news)
     except DatabaseError as error:
         log.warning("ingest of run %s: the database is away: %s", run_id, error)
@@ -59,7 +60,7 @@ def _grant(scope: dict[str, Any], run_id: int) -> IngestGrant | None:
     if kind.lower() != "bearer" or run_id >= 2**63 or not all(number.isascii() and number.isdigit() and len(number) < 10 for number in numbers):
         return None
     attempt, node = map(int, numbers)
-    return authenticate_ingest(run_id, attempt, bearer.strip(), node)
+    return authenticate_ingest(run_id, attempt, bearer.strip(), node, last_word="last_word" in asked)
 
 
 async def _close(send: Send, code: int) -> None:
@@ -87,7 +88,7 @@ class _Conversation:
             for task in done:
                 task.result()
         except FencedError:
-            await self._answer({"type": "fenced"})
+            await self._answer({"type": "fenced", "noted": self._session.ended})
             await _close(self._send_raw, FENCED)
         except FrameError as error:
             await self._answer({"type": "refused", "error": str(error)[:1000]})

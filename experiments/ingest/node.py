@@ -5,25 +5,35 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from experiments.actions.attempt import Command
-from experiments.actions.node import hosts_of, leave_node, present, renew_node
+from experiments.actions.node import LastWord, ended_by_others, hosts_of, leave_node, present, renew_node
 from experiments.ingest.session import Answer, Session, answer_of
 from experiments.models.node import Node
 from experiments.telemetry.frame import FrameError
 from experiments.telemetry.write import FencedError
 from spec.text import Storable
 
+TAIL_CHARS = 32_000
+
 
 class Left(BaseModel):
-    """A node's last word."""
+    """A node's last word. `stopped`: its ranks were killed because the attempt was over."""
 
     model_config = ConfigDict(extra="ignore")
 
-    outcome: Literal["succeeded", "failed", "cancelled", "paused"]
+    outcome: Literal["succeeded", "failed", "cancelled", "paused", "stopped"]
     reason: Storable = ""
     detail: Storable = ""
+    exit_code: int | None = Field(None, ge=-(2**31), lt=2**31)
+    signal: int | None = Field(None, ge=0, lt=2**31)
+    log_tail: Storable = ""
+
+    @property
+    def word(self) -> LastWord:
+        """Cut to what is kept."""
+        return LastWord(self.outcome, self.reason, self.detail[:4000], self.exit_code, self.signal, self.log_tail[-TAIL_CHARS:])
 
 
 class NodeSession(Session):
@@ -52,7 +62,7 @@ class NodeSession(Session):
                 left = Left.model_validate(message)
             except ValidationError as error:
                 raise FrameError(f"left: {error.errors(include_url=False)[0]['msg']}") from error
-            leave_node(**self._place, outcome=left.outcome, reason=left.reason, detail=left.detail[:4000])
+            self.ended = leave_node(**self._place, word=left.word)
         elif kind != "heartbeat":
             raise FrameError(f"unknown text frame {kind!r:.40}")
         elif not renew_node(**self._place):
@@ -61,3 +71,16 @@ class NodeSession(Session):
 
     def _events(self, data: bytes) -> Answer:
         raise FrameError("events come from node 0")
+
+
+class LastWordSession(NodeSession):
+    """A NodeSession of a node that was fenced before it could say how its ranks ended: it says that, behind the rest of its log."""
+
+    def command(self) -> Command:
+        """Nothing is wanted. Raises FencedError where no last word is waited for."""
+        if self.ended or not ended_by_others(**self._place).exists():
+            raise FencedError
+        return Command("cancel", 0)
+
+    def _told(self, kind: Any, message: Mapping[str, Any]) -> Command:
+        return super()._told(kind, message) if kind == "left" else self.command()

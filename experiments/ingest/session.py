@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from experiments.actions.attempt import Command, IngestGrant, renew_lease
-from experiments.actions.node import announce, hosts_of
+from experiments.actions.node import announce, hang, hosts_of
 from experiments.actions.stored import Damaged, InStorage, record_damaged, record_stored
 from experiments.ingest.text import TextTail
 from experiments.live.publish import Message, publish
@@ -102,6 +102,8 @@ class Session:
             announce(self.grant.run_id, self.grant.attempt, place)
         elif kind in ("stored", "damaged") and not self.grant.is_recorder:
             self._hear_of_storage(kind, message)
+        elif kind == "hanging" and not self.grant.is_recorder:
+            hang(self.grant.run_id, self.grant.attempt)
         elif kind != "heartbeat":
             raise FrameError(f"unknown text frame {kind!r:.40}")
         command = self.command() if self.ended else renew_lease(self.grant.run_id, self.grant.attempt)
@@ -210,5 +212,5 @@ def answer_of(command: Command) -> Answer:
     told: Answer = {"type": "command", "desired": command.desired, "checkpoint_requests": command.checkpoint_requests}
     if command.hosts is not None:
         lost = dict(zip(("reason", "detail"), command.hosts.lost, strict=True)) if command.hosts.lost else None
-        told["hosts"] = {"rendezvous": command.hosts.rendezvous, "lost": lost}
+        told["hosts"] = {"rendezvous": command.hosts.rendezvous, "lost": lost, "hanging": command.hosts.hanging}
     return told

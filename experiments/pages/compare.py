@@ -10,7 +10,7 @@ from django.http import HttpRequest, HttpResponse
 from django.shortcuts import render
 
 from experiments.access import Principal, visible_runs
-from experiments.api.resources import run_json
+from experiments.api.resources import hosts, run_json
 from experiments.models import Run
 from experiments.pages.gate import page
 
@@ -21,7 +21,7 @@ MAX_RUNS = 12
 def compare(request: HttpRequest, principal: Principal) -> HttpResponse:
     """The page of `?id=1&id=2`, in that order; runs that the reader may not see are left out."""
     ids = [int(given) for given in request.GET.getlist("id") if given.isascii() and given.isdigit() and len(given) < 19][:MAX_RUNS]
-    found = visible_runs(principal).select_related("project", "owner", "worker").prefetch_related("nodes__worker").in_bulk(ids)
+    found = visible_runs(principal).select_related("project", "owner", "worker").prefetch_related(hosts()).in_bulk(ids)
     runs = [found[pk] for pk in dict.fromkeys(ids) if pk in found]
     return render(request, "pages/compare.html", {"runs": [run_json(run) for run in runs], "differences": _differences(runs)})
 

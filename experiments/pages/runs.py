@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from experiments.access import Principal, visible_runs
 from experiments.api.problems import Problem
-from experiments.api.resources import run_json
+from experiments.api.resources import hosts, run_json
 from experiments.api.runs_query import RunsQuery
 from experiments.models import Run, State
 from experiments.pages.gate import page
@@ -47,7 +47,7 @@ def listing(request: HttpRequest, principal: Principal) -> HttpResponse:
     context["filtered"] = any(request.GET.get(name) for name in ("q", "state", "tag", "metric", "starred", "archived", "project"))
     try:
         query = _query(request.GET)
-        related = query.apply(visible_runs(principal)).select_related("project", "owner", "worker").prefetch_related("nodes__worker")
+        related = query.apply(visible_runs(principal)).select_related("project", "owner", "worker").prefetch_related(hosts())
         found = list(related[: query.limit + 1])
     except ValidationError as error:
         context["error"] = "; ".join(f"{item['loc'][0]} {item['msg'].removeprefix('Value error, ')}" for item in error.errors())

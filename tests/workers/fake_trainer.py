@@ -57,7 +57,6 @@ class FakeTrainer:
         else:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGUSR1, lambda *_: setattr(self, "save", True))
-        faulthandler.register(signal.SIGUSR2, all_threads=True)
 
     def say(self, event: events.Event) -> None:
         self.spool.append(events.encode(event))
@@ -125,10 +124,12 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--attempt", type=int, default=0)
     args = parser.parse_args()
+    faulthandler.register(signal.SIGUSR2, all_threads=True)
     if os.environ.get("FAKE_CHILD"):
         subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"], start_new_session=True)
     if os.environ.get("RANK", "0") != "0":  # the other ranks keep the first one company
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+        print("waits", flush=True)
         marker = args.out / "attempts" / str(args.attempt) / "result.json"
         while not marker.exists():
             time.sleep(0.02)

@@ -116,7 +116,7 @@ class IngestServer:
         self._open.add(connection)
         own = int(connection.request.path.partition("attempt=")[2].partition("&")[0])
         try:
-            if self.fenced:
+            if self.fenced and "last_word" not in connection.request.path:
                 connection.send('{"type":"fenced"}')
                 connection.close(4409)
                 return
@@ -159,10 +159,10 @@ class IngestServer:
             assert self.hosts is not None
             self.told.append(message)
             if message["type"] == "left":
-                connection.send('{"type":"fenced"}')
+                connection.send('{"type":"fenced","noted":true}')
                 connection.close(4409)
                 return
-            self.hosts = self.hosts | {"rendezvous": message["at"]}
+            self.hosts = self.hosts | ({"hanging": True} if message["type"] == "hanging" else {"rendezvous": message["at"]})
             self.tell(self._wish())
         connection.send(json.dumps(self._wish()))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 from typing import Any
 
 import psutil
@@ -29,6 +28,11 @@ def begin(worker_host: Host, node: int, **fields: Any) -> None:
 
 def ranks(worker_host: Host) -> host.Holder:
     return worker_host.wait(lambda: (found := host.read(worker_host.attempt_dir() / "attempt.lock")) and found.ranks and found)
+
+
+def waits_for_ranks(worker_host: Host) -> None:
+    """Until ranks 2 and 3 have their handlers of signals."""
+    worker_host.wait(lambda: {b"[2] waits", b"[3] waits"} <= set(worker_host.server.log.get(1, b"").splitlines()))
 
 
 def lost(worker_host: Host) -> None:
@@ -84,7 +88,7 @@ def test_a_node_that_never_heard_of_a_place_ends_when_the_attempt_does(worker_ho
     else:
         worker_host.server.command("cancel")
     worker_host.wait_until_quiet(6)
-    assert [left["outcome"] for left in worker_host.server.told] == ([] if how == "fenced" else ["cancelled"])
+    assert [left["outcome"] for left in worker_host.server.told] == ["stopped" if how == "fenced" else "cancelled"]
 
 
 def test_a_killed_rank_of_the_other_node_is_told_with_its_global_number(worker_host: Host) -> None:
@@ -136,15 +140,47 @@ def test_a_reason_of_node_0s_own_is_not_replaced(worker_host: Host, monkeypatch:
     assert isinstance(ended, events.RunEnded) and (ended.outcome, ended.reason) == ("failed", "nan_loss")
 
 
-@pytest.mark.parametrize(("ranks", "whose"), [(1, "rank 0"), (2, "ranks 0 to 1")])
-def test_a_hang_says_whose_stacks_it_has(worker_host: Host, monkeypatch: pytest.MonkeyPatch, ranks: int, whose: str) -> None:
+def test_node_0_tells_the_others_of_a_hang_and_has_the_stacks_of_its_own_ranks(worker_host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_HANG_AT", "3")
     monkeypatch.setenv("MOELAB_STEP_TIMEOUT_S", "1")
-    begin(worker_host, 0, steps=100, ranks=ranks)
+    begin(worker_host, 0, steps=100, ranks=2)
+    worker_host.wait(lambda: {"type": "hanging"} in worker_host.server.told)
+    lock = worker_host.attempt_dir() / "attempt.lock"
+    assert host.read(lock).ranks, "they live until the others have heard of it"  # type: ignore[union-attr]
     ended = worker_host.wait(worker_host.server.ended)
-    here = socket.gethostname()
-    assert ended.detail.endswith(f"s; the stacks of {whose}, on {here}, are in the log, those of other hosts' ranks are not")
-    assert "Current thread" in ended.log_tail
+    assert ended.reason == "hang"
+    assert ended.detail.endswith("s; the stacks of each host's ranks are in the log, and kept with that host")
+    assert ended.log_tail.count("Current thread") == 2
+
+
+def test_another_node_says_where_its_ranks_stand_when_it_hears_of_a_hang(worker_host: Host) -> None:
+    worker_host.server.hosts = {"rendezvous": "127.0.0.1:1", "lost": None}
+    begin(worker_host, 1, steps=5000, ranks=2)
+    ranks(worker_host)
+    waits_for_ranks(worker_host)
+    worker_host.server.hosts |= {"hanging": True}
+    worker_host.server.command()
+    worker_host.wait_until_quiet()
+    (left,) = worker_host.server.told
+    assert (left["outcome"], left["reason"], left["signal"]) == ("failed", "hang", signal.SIGKILL)
+    assert "[2] Current thread" in left["log_tail"] and "[3] Current thread" in left["log_tail"]
+    assert left["log_tail"].rstrip() in worker_host.server.log[1].decode()
+
+
+@pytest.mark.parametrize("own", ["none", "rank_killed"])
+def test_a_node_that_is_fenced_says_how_its_ranks_ended(worker_host: Host, own: str) -> None:
+    worker_host.server.hosts = {"rendezvous": "127.0.0.1:1", "lost": None}
+    begin(worker_host, 1, steps=5000, ranks=2)
+    pids = [pid for pid, _ in ranks(worker_host).ranks]
+    waits_for_ranks(worker_host)
+    if own == "rank_killed":
+        os.kill(pids[1], signal.SIGKILL)
+    worker_host.server.fence()
+    worker_host.wait_until_quiet()
+    (left,) = worker_host.server.told
+    word = ("stopped", "", "") if own == "none" else ("failed", "rank_killed", "rank 3 was ended by SIGKILL")
+    assert (left["outcome"], left["reason"], left["detail"]) == word
+    assert left["log_tail"] and left["log_tail"].rstrip() in worker_host.server.log[1].decode()
 
 
 def test_the_address_is_given_or_the_one_by_which_the_server_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:

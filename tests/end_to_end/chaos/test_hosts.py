@@ -67,14 +67,14 @@ class TrainingHost:
         for command in (["link", "set", "lo", "up"], ["link", "set", "eth0", "up"], ["addr", "add", f"{self.address}/24", "dev", "eth0"]):
             ip("-n", name, *command)
 
-    def start_worker(self) -> None:
-        """Starts the host's worker, unless it lives."""
+    def start_worker(self, **more: str) -> None:
+        """Starts the host's worker, with `more` in its environment, unless it lives."""
         if any("moelab.cli" in process.cmdline() for process in self.processes()):
             return
         own_name = ["unshare", "--uts", "sh", "-c", f'hostname {self.name} && exec "$@"', "sh"]
         command = ["nsenter", f"--net=/run/netns/{self.name}", *own_name, sys.executable, "-m", "moelab.cli", "worker"]
         with (self.home / "worker.log").open("ab") as log:
-            subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, cwd=PROJECT, start_new_session=True)
+            subprocess.Popen(command, env=self.environment | more, stdout=log, stderr=log, cwd=PROJECT, start_new_session=True)
 
     def processes(self) -> list[psutil.Process]:
         """Everything alive on this host."""
@@ -113,6 +113,13 @@ class TrainingHost:
     def plug_in(self) -> None:
         ip("link", "set", self._link, "up")
 
+    def cut_off(self, address: str) -> None:
+        """What this host sends to `address` arrives nowhere, and nobody is told."""
+        ip("-n", self.name, "neigh", "replace", address, "lladdr", "02:00:00:00:00:01", "dev", "eth0", "nud", "permanent")
+
+    def find_again(self, address: str) -> None:
+        ip("-n", self.name, "neigh", "del", address, "dev", "eth0")
+
     def remove(self) -> None:
         self.vanish()
         subprocess.run(["ip", "netns", "del", self.name], check=False, capture_output=True)
@@ -149,6 +156,10 @@ class Network(Lab):
 
     def run(self, run_id: int) -> dict[str, Any]:
         return dict(self.client.run(run_id))
+
+    def ends(self, run_id: int, attempt: int) -> list[dict[str, Any]]:
+        """How each host of the attempt ended."""
+        return [node for node in self.client.http.request("GET", f"/runs/{run_id}/nodes").json()["items"] if node["attempt"] == attempt]
 
     def transitions(self, run_id: int) -> list[tuple[str, str, str]]:
         return [(row["to_state"], row["reason"], row["detail"]) for row in self.client.transitions(run_id)]
@@ -258,9 +269,35 @@ def test_a_killed_rank_ends_the_attempt_on_both_hosts_with_its_own_reason(lab: N
     os.kill(rank.pid, signal.SIGKILL)
     lab.wait(lambda: lab.run(run_id)["attempt"] == 2 and lab.run(run_id)["state"] == "running", 90)
     assert ("queued", "rank_killed", "rank 1 was ended by SIGKILL") in lab.transitions(run_id)
+    assert [node["signal"] for node in lab.ends(run_id, attempt=1)][1] == signal.SIGKILL
     lab.client.cancel(run_id)
     assert lab.client.wait(run_id, timeout_s=30)["state"] == "cancelled"
     lab.wait(lambda: not any(host.trainers() for host in lab.hosts), 10)
+
+
+def test_a_hang_leaves_the_stacks_of_the_ranks_of_every_host(lab: Network) -> None:
+    hosts = lab.hosts[:2]
+    for host in hosts:
+        host.vanish()
+        host.start_worker(MOELAB_STEP_TIMEOUT_S="5")
+    run_id = lab.submit_on_hosts("hang", TWO_HOSTS | {"training.steps": 100_000})
+    lab.wait_for_step(run_id, 15, 120)
+    try:
+        for host, other in (hosts, hosts[::-1]):
+            host.cut_off(other.address)
+        began = time.monotonic()
+        lab.wait(lambda: any(reason == "hang" for _, reason, _ in lab.transitions(run_id)), 90)
+        print(f"a hang was ended after {time.monotonic() - began:.1f} s")
+        lab.client.cancel(run_id)
+        lab.wait(lambda: all(node["log_tail"] for node in lab.ends(run_id, attempt=1)), 15)
+        for node in lab.ends(run_id, attempt=1):
+            assert (node["outcome"], node["reason"]) == ("failed", "hang"), node
+            stack = [line for line in node["log_tail"].splitlines() if line.startswith(f"[{node['rank']}]")]
+            assert any("Current thread" in line for line in stack) and any("all_reduce" in line for line in stack), node["log_tail"]
+    finally:
+        for host, other in (hosts, hosts[::-1]):
+            host.find_again(other.address)
+            host.vanish()
 
 
 def test_a_run_on_two_hosts_has_the_losses_of_one_on_one(lab: Network) -> None:

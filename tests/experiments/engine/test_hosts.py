@@ -8,7 +8,7 @@ from rest_framework.test import APIClient
 
 from experiments import doorbell
 from experiments.actions.attempt import MAX_ATTEMPTS_NOT_TAKEN, authenticate_ingest, end_attempt, renew_lease, start_attempt
-from experiments.actions.node import Hosts, announce, hosts_of, leave_node, renew_node
+from experiments.actions.node import LAST_WORD_S, Hosts, LastWord, announce, hang, hosts_of, leave_node, renew_node
 from experiments.actions.now import after_now
 from experiments.actions.resume import resume
 from experiments.models import Node, Presence, Run, State, Worker
@@ -24,7 +24,7 @@ def test_the_hosts_are_shown_with_the_run_and_the_run_with_each_host(ada: APICli
     run, _ = granted(one, two)
     shown = ada.get(f"/api/v1/runs/{run.pk}").json()
     assert (shown["node_count"], shown["worker"]) == (2, "one")
-    same = {"attempt": 1, "devices": ["cpu:0"], "outcome": "", "reason": "", "detail": "", "left_at": None}
+    same = {"attempt": 1, "devices": ["cpu:0"], "outcome": "", "reason": "", "detail": "", "left_at": None, "exit_code": None, "signal": None}
     assert shown["nodes"] == [
         {"rank": 0, "ranks": [0], "worker": "one", "host": "h1", **same},
         {"rank": 1, "ranks": [1], "worker": "two", "host": "h2", **same},
@@ -50,7 +50,7 @@ class TestHowEachHostEnded:
         monkeypatch.setattr(doorbell, "ring", lambda *_: True)
         one, two = people.worker("one", host="h1"), people.worker("two", host="h2")
         run, _ = granted(one, two)
-        leave_node(run.pk, 1, 1, outcome="failed", reason="rank_killed", detail="rank 1 was ended by SIGKILL")
+        leave_node(run.pk, 1, 1, LastWord("failed", "rank_killed", "rank 1 was ended by SIGKILL"))
         Presence.objects.create(name="web", up_since=after_now(-60), last_seen=after_now(0))
         Run.objects.filter(pk=run.pk).update(lease_until=after_now(-1))
         reconcile_once()
@@ -64,6 +64,32 @@ class TestHowEachHostEnded:
         ]
         assert Node.objects.filter(attempt=0).count() == 0 and ada.get(f"/api/v1/runs/{people.queued().pk}/nodes").json()["items"] == []
 
+    def test_a_host_that_others_ended_may_say_for_a_short_time_how_it_did(self, ada: APIClient, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(doorbell, "ring", lambda *_: True)
+        run, _ = granted(people.worker("one"), people.worker("two"))
+        end_attempt(run.pk, 1, RunEnded(at=1.0, outcome="failed", reason="hang", detail="no sign", signal=9, log_tail="[0] File a.py"))
+        word = LastWord("failed", "rank_killed", "rank 1 was ended by SIGSEGV", None, 11, "[1] Fatal Python error")
+        assert not leave_node(run.pk, 2, 1, word) and not leave_node(run.pk, 1, 0, word), "node 0 has spoken by RunEnded"
+        assert leave_node(run.pk, 1, 1, word)
+        assert not leave_node(run.pk, 1, 1, LastWord("failed", "error", "twice"))
+        first, second = ada.get(f"/api/v1/runs/{run.pk}/nodes").json()["items"]
+        assert [first[name] for name in ("reason", "signal", "log_tail")] == ["hang", 9, "[0] File a.py"]
+        assert [second[name] for name in ("outcome", "reason", "detail", "exit_code", "signal", "log_tail")] == [
+            *("failed", "rank_killed", "rank 1 was ended by SIGSEGV", None, 11, "[1] Fatal Python error")
+        ]
+        assert "log_tail" not in ada.get(f"/api/v1/runs/{run.pk}").json()["nodes"][0]
+        assert Run.objects.get(pk=run.pk).reason == "hang", "that was the attempt's end"
+
+    def test_too_late_a_word_is_not_taken_nor_one_of_a_host_that_was_given_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(doorbell, "ring", lambda *_: True)
+        run, _ = granted(people.worker("one"), people.worker("two"))
+        end_attempt(run.pk, 1, RunEnded(at=1.0, outcome="failed", reason="hang"))
+        Node.objects.filter(run=run, rank=1).update(left_at=after_now(-LAST_WORD_S - 1))
+        assert not leave_node(run.pk, 1, 1, LastWord("failed", "error", "late"))
+        other, _ = granted(people.worker("three"), people.worker("four"))
+        leave_node(other.pk, 1, 1, LastWord("failed", "worker_lost", "not heard from"))
+        assert not leave_node(other.pk, 1, 1, LastWord("failed", "error", "it was alive"))
+
     def test_the_page_tells_it_and_trusts_no_words(self, client: Client) -> None:
         run, _ = granted(people.worker("one", host="h1"), people.worker("two"))
         client.force_login(people.ada())
@@ -76,7 +102,8 @@ class TestHowEachHostEnded:
         assert "one on h1, rank 0 on cpu:0" in first and ">on it<" in first and "two, rank 1 on cpu:0" in second
         Node.objects.filter(run=run, rank=1).update(token_sha256="")
         assert ">called<" in rows()[1]
-        leave_node(run.pk, 1, 1, outcome="failed", reason="rank_killed", detail="<b>rank 1</b>")
+        leave_node(run.pk, 1, 1, LastWord("failed", "rank_killed", "<b>rank 1</b>", None, 9, "<i>stack</i>"))
+        assert "signal 9" in rows()[1] and '<pre tabindex="0">&lt;i&gt;stack&lt;/i&gt;</pre>' in rows()[1]
         assert 'data-state="failed">failed<' in rows()[1] and "<strong>rank killed</strong>: &lt;b&gt;rank 1&lt;/b&gt;" in rows()[1]
 
     def test_ranks_are_numbered_through_the_hosts(self, ada: APIClient) -> None:
@@ -95,6 +122,12 @@ class TestAHostOfAnAttempt:
         announce(run.pk, 1, "10.0.0.1:4711")
         command = renew_lease(run.pk, 1)
         assert command and command.hosts and (command.hosts.rendezvous, command.hosts.lost) == ("10.0.0.1:4711", None)
+
+    def test_that_the_ranks_stand_still_reaches_the_others(self) -> None:
+        run, _ = granted(people.worker("one"), people.worker("two"))
+        assert not hosts_of(run.pk, 1).hanging
+        hang(run.pk, 1)
+        assert hosts_of(run.pk, 1).hanging
 
     def test_a_host_that_is_not_heard_from_is_given_up_and_node_0_is_told_why(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(doorbell, "ring", lambda *_: True)
@@ -127,17 +160,17 @@ class TestAHostOfAnAttempt:
 
     def test_the_reason_of_a_host_comes_before_that_of_one_which_only_lost_its_peers(self) -> None:
         run = self.of_three()
-        leave_node(run.pk, 1, 1, outcome="failed", reason="peer_lost", detail="connection reset")
+        leave_node(run.pk, 1, 1, LastWord("failed", "peer_lost", "connection reset"))
         assert hosts_of(run.pk, 1).lost is None, "the third may still say why"
-        leave_node(run.pk, 1, 2, outcome="failed", reason="rank_killed", detail="rank 2 was ended by SIGKILL")
-        leave_node(run.pk, 1, 2, outcome="failed", reason="error", detail="twice")
+        leave_node(run.pk, 1, 2, LastWord("failed", "rank_killed", "rank 2 was ended by SIGKILL"))
+        leave_node(run.pk, 1, 2, LastWord("failed", "error", "twice"))
         assert hosts_of(run.pk, 1).lost == ("rank_killed", "rank 2 was ended by SIGKILL")
 
     def test_of_two_hosts_with_reasons_of_their_own_the_first_to_go_has_the_word(self) -> None:
         run = self.of_three()
-        leave_node(run.pk, 1, 2, outcome="failed", reason="rank_killed", detail="rank 2 was ended by SIGKILL")
+        leave_node(run.pk, 1, 2, LastWord("failed", "rank_killed", "rank 2 was ended by SIGKILL"))
         Node.objects.filter(run=run, left_at__isnull=False).update(left_at=after_now(-1))
-        leave_node(run.pk, 1, 1, outcome="failed", reason="error", detail="what came of it")
+        leave_node(run.pk, 1, 1, LastWord("failed", "error", "what came of it"))
         announce(run.pk, 1, "10.0.0.1:4711")
         assert hosts_of(run.pk, 1) == Hosts("10.0.0.1:4711", ("rank_killed", "rank 2 was ended by SIGKILL"))
 
@@ -156,7 +189,7 @@ class TestAHostOfAnAttempt:
         one, two = people.worker("one"), people.worker("two")
         run, _ = granted(one, two)
         singles = [people.queued(), people.queued()]
-        leave_node(run.pk, 1, 1, outcome="failed", reason="rank_killed", detail="")
+        leave_node(run.pk, 1, 1, LastWord("failed", "rank_killed", ""))
         assert ask(one) is None and ask(two) is None
         Run.objects.filter(pk=run.pk).update(state=State.FAILED)
         assert {ask(one).run, ask(two).run} == set(singles)  # type: ignore[union-attr]

@@ -10,9 +10,11 @@ from asgiref.sync import sync_to_async
 from django.utils import timezone
 
 from experiments import secret
+from experiments.actions.attempt import end_attempt
 from experiments.actions.claim import claim
 from experiments.models import Node, Run, State, Worker
 from experiments.telemetry import log
+from spec.events import RunEnded
 from tests.experiments.engine import people
 from tests.experiments.telemetry.conftest import declared, events_frame, started, step
 from tests.experiments.telemetry.sockets import accepted, bearer, said, socket, until
@@ -85,6 +87,37 @@ async def test_a_host_hears_what_is_wanted_and_that_it_is_over(run: Run) -> None
         await until(second, "fenced")
 
 
+async def test_a_hang_that_node_0_sees_reaches_the_other(run: Run) -> None:
+    async with socket(path(run), ONE) as first, socket(path(run, 1), TWO) as second:
+        assert (await said(first))["hosts"]["hanging"] is False
+        await said(second)
+        first.send('{"type":"hanging"}')
+        assert (await until(first, "command"))["hosts"]["hanging"] is True
+        assert (await until(second, "command"))["hosts"]["hanging"] is True
+
+
+async def test_a_fenced_host_says_its_last_word_once_behind_its_log(run: Run) -> None:
+    async with socket(f"{path(run, 1)}&last_word=1", TWO) as second:
+        assert await said(second) == {"type": "fenced", "noted": False}, "it can still say it as usual"
+    await sync_to_async(end_attempt)(run.pk, 1, RunEnded(at=1.0, outcome="failed", reason="hang"))
+    async with socket(path(run, 1), TWO) as second:
+        assert await said(second) == {"type": "fenced", "noted": False}
+    async with socket(f"{path(run, 1)}&last_word=1", TWO) as second:
+        hello = await said(second)
+        assert (hello["type"], hello["log_offset"]) == ("hello", 0)
+        second.send(b"L" + (0).to_bytes(8, "little") + b"[1] stack\n")
+        assert await until(second, "log_ack") == {"type": "log_ack", "offset": 10}
+        second.send('{"type":"heartbeat"}')
+        await until(second, "command")
+        second.send('{"type":"left","outcome":"failed","reason":"rank_killed","signal":11,"log_tail":"[1] stack"}')
+        assert await until(second, "fenced") == {"type": "fenced", "noted": True}
+    node = await Node.objects.aget(run=run, rank=1)
+    assert (node.outcome, node.reason, node.signal, node.log_tail) == ("failed", "rank_killed", 11, "[1] stack")
+    async with socket(f"{path(run, 1)}&last_word=1", TWO) as second:
+        assert (await said(second))["type"] == "fenced"
+    assert not await accepted(f"{path(run, 1)}&last_word=1", ONE)
+
+
 async def test_the_logs_of_all_hosts_are_one_log(run: Run) -> None:
     async with socket(path(run), ONE) as first, socket(path(run, 1), TWO) as second:
         await said(first), await said(second)
@@ -105,7 +138,9 @@ async def test_the_logs_of_all_hosts_are_one_log(run: Run) -> None:
         (1, TWO, events_frame(1, [started(), declared(), step(1)])),
         (1, TWO, '{"type":"rendezvous","at":"10.0.0.1:4711"}'),
         (1, TWO, '{"type":"left","outcome":"vanished"}'),
+        (1, TWO, '{"type":"hanging"}'),
         (0, ONE, '{"type":"left","outcome":"failed"}'),
+        (1, TWO, '{"type":"left","outcome":"failed","exit_code":"seven"}'),
         (0, ONE, '{"type":"rendezvous","at":"10.0.0.1"}'),
         (0, ONE, '{"type":"rendezvous","at":["10.0.0.1:1"]}'),
         (0, ONE, '{"type":"rendezvous","at":"[fe80::1%eth0]:4711"}'),
