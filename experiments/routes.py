@@ -78,6 +78,7 @@ ROUTES: Mapping[str, Mapping[str, Need]] = {
     "api/v1/me": {"GET": USER},
     "api/v1/system": {"GET": USER},
     "api/v1/workers": {"GET": USER},
+    "api/v1/workers/<int:worker_id>/release": {"POST": SUPERUSER},
     "api/v1/worker/hello": {"POST": WORK},
     "api/v1/worker/claim": {"POST": WORK},
     "api/v1/worker/generations/claim": {"POST": WORK},

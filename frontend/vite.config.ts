@@ -1,7 +1,7 @@
 /** Builds one bundle per page into dist/, with the manifest that the template tag `{% vite %}` reads. */
 import { defineConfig } from "vite";
 
-const pages = ["app", "runs", "run", "new", "compare", "tokens", "generate"];
+const pages = ["app", "runs", "run", "new", "compare", "tokens", "workers", "generate"];
 
 export default defineConfig({
   base: "/static/",

@@ -49,6 +49,7 @@ urlpatterns = [
     path("schema", schema.OpenApi.as_view()),
     path("schema/spec", presets.SpecSchema.as_view()),
     path("workers", workers.Workers.as_view()),
+    path("workers/<int:worker_id>/release", workers.Release.as_view()),
     path("worker/hello", workers.Hello.as_view()),
     path("worker/claim", workers.ClaimWork.as_view()),
     path("worker/generations/claim", worker_generations.ClaimGeneration.as_view()),

@@ -17,9 +17,10 @@ from experiments import access
 from experiments.actions.serve_generation import HEARTBEAT_S, LEASE_S, Fenced, claim_generation, fail, renew, send_back, succeed
 from experiments.actions.stored import place_for
 from experiments.api.endpoint import Body, Endpoint
-from experiments.api.problems import FieldError, Problem
+from experiments.api.problems import Problem
 from experiments.api.shapes import EmptyBody, RunId, Small
-from experiments.models import Generation, Role, Run, Worker
+from experiments.api.workers import speaking
+from experiments.models import Generation, Role, Run
 from spec.text import Storable
 
 MAX_POSITIONS = 8192
@@ -130,10 +131,7 @@ class ClaimGeneration(_OfWorker):
     def post(self, request: Request) -> Response:
         """The oldest that waits and that this worker has not sent back; 204 if there is none."""
         body = self.body(TakeBody)
-        worker = Worker.objects.filter(pk=body.worker).first()
-        if worker is None:
-            raise Problem("invalid", errors=[FieldError(pointer="/worker", detail=f"worker: there is no worker {body.worker}; say hello first")])
-        offer = claim_generation(self.runs, worker=worker)
+        offer = claim_generation(self.runs, worker=speaking(self.principal, body.worker))
         if offer is None:
             return Response(status=204)
         generation, checkpoint = offer.generation, offer.checkpoint

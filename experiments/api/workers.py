@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any
 
 from django.db.models import Count, F, Q
-from django.db.models.functions import Now
+from django.http import Http404
 from django.utils import timezone
 from drf_spectacular.utils import extend_schema
 from pydantic import BaseModel, Field
@@ -19,9 +19,10 @@ from experiments.actions.books import WORKER_SILENT_S
 from experiments.actions.claim import Claim, claim
 from experiments.actions.lease import HEARTBEAT_S, LEASE_S
 from experiments.actions.stored import handed_out
+from experiments.actions.worker import HeldByAnother, greet, hear, release
 from experiments.api.endpoint import Endpoint, Query, items
 from experiments.api.problems import FieldError, Problem
-from experiments.api.shapes import ClaimBody, HelloBody
+from experiments.api.shapes import ClaimBody, EmptyBody, HelloBody
 from experiments.models import LIVE, Node, Role, Worker
 
 
@@ -39,6 +40,7 @@ class WorkerResource(BaseModel):
     busy: int
     runs: list[int]
     alive: bool
+    held_by: str | None = Field(description="Whose tokens may speak under this name; null where whoever says it next may.")
     last_seen: datetime
     created_at: datetime
 
@@ -90,7 +92,11 @@ class Workers(Endpoint):
         for run_id, worker_id in sorted(places, key=lambda place: place[0]):
             on_worker.setdefault(worker_id, []).append(run_id)
         others = Counter(parts.values_list("worker_id", flat=True))
-        rows = Worker.objects.annotate(busy=Count("runs", filter=Q(runs__state__in=LIVE))).order_by("-last_seen", "id")[:1000]
+        rows = (
+            Worker.objects.select_related("token__user")
+            .annotate(busy=Count("runs", filter=Q(runs__state__in=LIVE)))
+            .order_by("-last_seen", "id")[:1000]
+        )
         return items([self._shown(row, row.busy + others[row.pk], on_worker.get(row.pk, [])) for row in rows])
 
     @staticmethod
@@ -99,12 +105,30 @@ class Workers(Endpoint):
             name: getattr(row, name) for name in ("id", "name", "host", "pid", "version", "devices", "slots", "storage", "last_seen", "created_at")
         }
         alive = (timezone.now() - row.last_seen).total_seconds() < WORKER_SILENT_S
-        return WorkerResource(**same, busy=busy, runs=runs, alive=alive).model_dump(mode="json")
+        holder = row.token.user.get_username() if row.token else None
+        return WorkerResource(**same, busy=busy, runs=runs, alive=alive, held_by=holder).model_dump(mode="json")
 
 
-def _heard_from(principal: access.Principal) -> dict[str, Any]:
-    """What a worker's row says once it has spoken."""
-    return {"last_seen": Now(), "token_id": principal.token_id}
+class Release(Endpoint):
+    """The name of a worker."""
+
+    @extend_schema(operation_id="release_worker", request=None, responses={204: None})
+    def post(self, request: Request, worker_id: int) -> Response:
+        """Lets go of it: whoever says it next holds it. Stop the worker that says it now first, or revoke its token. Again is harmless."""
+        self.body(EmptyBody)
+        if worker_id >= 2**63 or not release(worker_id):
+            raise Http404
+        return Response(status=204)
+
+
+def speaking(principal: access.Principal, worker_id: int) -> Worker:
+    """The worker that the principal says to be, which was heard from. Raises Problem (409, 422)."""
+    try:
+        return hear(principal, worker_id)
+    except Worker.DoesNotExist:
+        raise Problem("invalid", errors=[FieldError(pointer="/worker", detail=f"worker: there is no worker {worker_id}; say hello first")]) from None
+    except HeldByAnother as held:
+        raise Problem("conflict", errors=[FieldError(pointer="/worker", detail=f"worker: {held}")]) from held
 
 
 class Hello(Endpoint):
@@ -112,9 +136,12 @@ class Hello(Endpoint):
 
     @extend_schema(operation_id="worker_hello", request=HelloBody, responses=Welcome)
     def post(self, request: Request) -> Response:
-        """Registers the worker, or says again that it is there and what it has."""
+        """Registers the worker, or says again that it is there and what it has; 409 if the name is another's."""
         told = self.body(HelloBody).model_dump()
-        worker, _ = Worker.objects.update_or_create(name=told.pop("name"), defaults={**told, **_heard_from(self.principal)})
+        try:
+            worker = greet(self.principal, **told)
+        except HeldByAnother as held:
+            raise Problem("conflict", errors=[FieldError(pointer="/name", detail=f"name: {held}")]) from held
         return Response({"worker": worker.pk})
 
 
@@ -125,10 +152,7 @@ class ClaimWork(Endpoint):
     def post(self, request: Request) -> Response:
         """A run for the worker to start, with the attempt's token; 204 if there is none that fits."""
         body = self.body(ClaimBody)
-        worker = Worker.objects.filter(pk=body.worker).first()
-        if worker is None:
-            raise Problem("invalid", errors=[FieldError(pointer="/worker", detail=f"worker: there is no worker {body.worker}; say hello first")])
-        Worker.objects.filter(pk=worker.pk).update(**_heard_from(self.principal))
+        worker = speaking(self.principal, body.worker)
         runs = access.visible_runs(self.principal, Role.EDITOR)
         found = claim(runs, worker=worker, free_slots=body.free_slots, free_devices=body.free_devices)
         return Response(status=204) if found is None else Response(self._handed_out(found, worker))

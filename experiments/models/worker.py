@@ -13,7 +13,7 @@ class Worker(models.Model):
     """A host that takes runs. `devices` is a list of {kind, index, name, memory_bytes}; `slots` runs fit on it at once; `storage` is the URL of
     the storage that it shares checkpoints in, "" for none.
 
-    `token` is the one with which it spoke last: what that may see, the worker may take.
+    `token` is the one with which it spoke last: what that may see, the worker may take. Its user holds the name; without a token nobody does.
     """
 
     name = models.CharField(max_length=200, unique=True)

@@ -2,6 +2,7 @@
 import htmx from "htmx.org";
 import { ApiError, change } from "../data/api";
 import { byId, setText } from "../view/dom";
+import { isSure } from "../view/sure";
 import { tellError, toast } from "../view/toast";
 
 const DAY_MS = 86_400_000;
@@ -37,12 +38,7 @@ form.addEventListener("submit", (event) => {
 document.addEventListener("click", (event) => {
   const button = (event.target as Element).closest<HTMLButtonElement>("[data-revoke]");
   if (!button) return;
-  // The first press asks, the second does it: what used the token stops at once.
-  if (button.dataset.sure === undefined) {
-    button.dataset.sure = "";
-    button.textContent = "Really revoke?";
-    return;
-  }
+  if (!isSure(button, "Really revoke?")) return; // what used the token stops at once
   change("DELETE", `/tokens/${button.dataset.revoke}`).then(() => {
     toast("Revoked");
     return refresh();

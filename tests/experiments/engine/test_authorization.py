@@ -51,6 +51,7 @@ class World:
             "<int:project_id>": self.project.pk,
             "<int:user_id>": 2**40,
             "<int:token_id>": 2**40,
+            "<int:worker_id>": 2**40,
             "<int:generation_id>": 2**40,
             "<str:name>": "nano-mixtral",
             "<path:name>": "loss",
@@ -256,12 +257,12 @@ class TestWhatTheTableCannotSay:
         Run.objects.update(state="queued") if not Run.objects.filter(state="succeeded").exists() else None
         run = people.queued(owner=people.user("editor"))
         Run.objects.filter(pk=run.pk).update(project=world.project)
-        hello = {"name": "w9", "host": "h", "pid": 1, "version": "1", "devices": [], "slots": 4}
+        hello = {"host": "h", "pid": 1, "version": "1", "devices": [], "slots": 4}
         want = {"free_slots": 4, "free_devices": ["cpu:0"]}
         answers = {}
         for name in ("viewer", "outsider", "editor"):
             client = bearer(issue(user=people.user(name), name="w", scopes=["worker"]).secret)
-            worker = client.post("/api/v1/worker/hello", hello, "application/json").json()["worker"]
+            worker = client.post("/api/v1/worker/hello", {"name": f"of {name}", **hello}, "application/json").json()["worker"]
             answers[name] = client.post("/api/v1/worker/claim", {"worker": worker, **want}, "application/json")
         assert {name: answer.status_code for name, answer in answers.items()} == {"viewer": 204, "outsider": 204, "editor": 200}
         assert answers["editor"].json()["run"] == run.pk

@@ -15,7 +15,7 @@ from rest_framework.test import APIClient
 from experiments.actions.generate import MAX_WAITING
 from experiments.actions.serve_generation import claim_generation, take_back
 from experiments.actions.token import issue
-from experiments.models import Checkpoint, Generation, Project, Role, Run, Worker
+from experiments.models import Checkpoint, Generation, Project, Role, Run, Token, Worker
 from experiments.reconcile import reconcile_once
 from tests.experiments.engine import people
 from tests.experiments.engine.conftest import Speak
@@ -193,7 +193,7 @@ class TestTheWorker:
         ask(ada, run)
         vic = as_user(people.user("vic", Project.default(), Role.VIEWER), "worker")
         worker = people.worker()
-        assert take(vic, worker).status_code == 204
+        assert take(vic, people.worker("vic's", token=Token.objects.get(user__username="vic"))).status_code == 204
         offer = take(host, worker).json()
         assert say(vic, offer, "heartbeat").status_code == 404
         assert take(ada, worker).status_code == 403, "a person's token takes no work"
