@@ -132,15 +132,27 @@ def _sum_over(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup | Non
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.contiguous()
         gradients.append(parameter.grad)
-    for bucket in [] if alone else buckets(gradients, BUCKET_BYTES):
-        flat = bucket[0] if len(bucket) == 1 else torch.cat([gradient.flatten() for gradient in bucket])
+    if not alone:
+        _sum_in_buckets(list(buckets(gradients, BUCKET_BYTES)), group, laps)
+    if gradients:
+        torch._foreach_div_(gradients, size)
+
+
+def _sum_in_buckets(joined: list[list[Tensor]], group: dist.ProcessGroup | None, laps: Laps | None) -> None:
+    """Each bucket in the same room, which is as large as the largest; one gradient alone needs none."""
+    room = None
+    if numbers := [sum(map(torch.numel, bucket)) for bucket in joined if len(bucket) > 1]:
+        room = joined[0][0].new_empty(max(numbers))
+    for bucket in joined:
+        flat = bucket[0]
+        if room is not None and len(bucket) > 1:
+            flat = room[: sum(map(torch.numel, bucket))]
+            torch.cat([gradient.flatten() for gradient in bucket], out=flat)
         with together(laps, group):
             dist.all_reduce(flat, group=group)
         if len(bucket) > 1:
             sums = torch.split_with_sizes(flat, [gradient.numel() for gradient in bucket])
             torch._foreach_copy_(bucket, [part.view_as(gradient) for part, gradient in zip(sums, bucket, strict=True)])
-    if gradients:
-        torch._foreach_div_(gradients, size)
 
 
 def buckets(gradients: Iterable[Tensor], limit_bytes: int) -> Iterator[list[Tensor]]:

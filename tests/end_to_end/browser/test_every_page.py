@@ -231,3 +231,22 @@ def test_the_list_of_runs_is_live_filters_and_acts_on_several(live: Live, open_p
     page.get_by_role("button", name="Compare").click()
     expect(page.locator("#overlay canvas")).to_be_visible()
     expect(page.locator("#legend")).to_contain_text("a quiet one")
+
+
+def test_a_workers_name_is_released_at_the_second_press(live: Live, open_page: Opened) -> None:
+    live.host.hello()
+    page = open_page("/workers")
+    page.clock.install()
+    page.reload()
+    row = page.get_by_role("row").filter(has_text="bench-1")
+    button = row.get_by_role("button", name="Release the name bench-1")
+    button.click()
+    expect(button).to_have_text("Really release?")
+    with page.expect_response(lambda answer: answer.url.endswith("/workers")):
+        page.clock.fast_forward(6000)  # the table comes anew meanwhile
+    expect(button).to_have_text("Really release?")
+    button.click()
+    expect(row).to_contain_text("nobody")
+    live.host.hello()
+    page.reload()
+    expect(button).to_have_text("Release")
