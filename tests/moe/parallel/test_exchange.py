@@ -130,27 +130,31 @@ def check(got: list[dict[str, Tensor]], data: int, expert: int, kind: str) -> No
             torch.testing.assert_close(held, whole[shard * size : (shard + 1) * size])
 
 
-def frozen(trained: list[str]) -> dict[str, Tensor]:
-    """The mean gradients and their norm on one of two ranks that share the experts, where only `trained` is."""
-    mesh = Mesh.of(1, 2)
-    parameters = {name: nn.Parameter(torch.zeros(2)) for name in trained}
-    for parameter in parameters.values():
-        parameter.grad = torch.full((2,), float(mesh.rank + 1))
-    sharded.average_gradients(parameters, 2, mesh)
-    norm = sharded.total_norm(parameters, mesh)
-    return {"norm": norm, **{name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}}
+SIDES = [  # what is trained, and the mean gradients of it on either rank
+    (["blocks.0.ffn.experts.w_in"], [[0.5], [1.0]]),  # only_moe, where hash tables choose: nothing but experts
+    (["blocks.0.ffn.router.weight"], [[1.5], [1.5]]),  # only_router: no expert
+    (["blocks.0.ffn.experts.w_in", "blocks.0.ffn.router.weight"], [[0.5, 1.5], [1.0, 1.5]]),
+]
 
 
-@pytest.mark.parametrize(
-    ("trained", "means"),
-    [
-        (["blocks.0.ffn.experts.w_in"], [[0.5], [1.0]]),  # only_moe, where hash tables choose: nothing but experts
-        (["blocks.0.ffn.router.weight"], [[1.5], [1.5]]),  # only_router: no expert
-        (["blocks.0.ffn.experts.w_in", "blocks.0.ffn.router.weight"], [[0.5, 1.5], [1.0, 1.5]]),
-    ],
-)
-def test_gradients_are_averaged_where_a_side_is_frozen(tmp_path: Path, trained: list[str], means: list[list[float]]) -> None:
-    squares = [2 * mean**2 for rank in (0, 1) for name, mean in zip(trained, means[rank], strict=True) if rank == 0 or "experts" in name]
-    for got, wanted in zip(on_ranks(2, tmp_path, frozen, trained), means, strict=True):
-        assert got["norm"].item() == pytest.approx(sum(squares) ** 0.5)
-        assert [got[name].tolist() for name in trained] == [[mean, mean] for mean in wanted]
+def frozen() -> list[dict[str, Tensor]]:
+    """The mean gradients and their norm on one of two ranks that share the experts, where only one of SIDES is trained."""
+    mesh, found = Mesh.of(1, 2), []
+    for trained, _ in SIDES:
+        parameters = {name: nn.Parameter(torch.zeros(2)) for name in trained}
+        for parameter in parameters.values():
+            parameter.grad = torch.full((2,), float(mesh.rank + 1))
+        sharded.average_gradients(parameters, 2, mesh)
+        norm = sharded.total_norm(parameters, mesh)
+        found.append({"norm": norm, **{name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}})
+    return found
+
+
+def test_gradients_are_averaged_where_a_side_is_frozen(tmp_path: Path) -> None:
+    ranks = on_ranks(2, tmp_path, frozen)
+    for number, (trained, means) in enumerate(SIDES):
+        squares = [2 * mean**2 for rank in (0, 1) for name, mean in zip(trained, means[rank], strict=True) if rank == 0 or "experts" in name]
+        for mine, wanted in zip(ranks, means, strict=True):
+            got = mine[number]
+            assert got["norm"].item() == pytest.approx(sum(squares) ** 0.5)
+            assert [got[name].tolist() for name in trained] == [[mean, mean] for mean in wanted]
