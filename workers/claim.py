@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -72,3 +73,9 @@ class Claim(BaseModel):
     def first_rank(self) -> int:
         """The number of this host's first rank."""
         return self.node * len(self.devices)
+
+    def threads(self) -> int:
+        """CPU threads for one rank: what the spec asks for, else this host's cores shared among its ranks, or its slots."""
+        asked = int(self.spec.get("parallel", {}).get("threads", 0))
+        sharers = max(len(self.devices), int(os.environ.get("MOELAB_SLOTS", "1")))
+        return asked or max(1, len(os.sched_getaffinity(0)) // sharers)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
-from moelab.shipper import Shipper
+from moelab.outbox import Outbox
+from moelab.shipper import Fenced, Shipper
 from workers.claim import Claim
 from workers.meeting import Meeting
 from workers.verdict import Verdict
 
 OTHERS_S = 40.0
 """How long node 0, whose ranks have lost another host's, waits to hear why: longer than a lease and a round of the reconciler."""
+LAST_WORD_S = 10.0
 PEER_LOST = "peer_lost"
 _LOOK_S = 0.1
 
@@ -52,3 +57,18 @@ class Company:
         while verdict.reason == PEER_LOST and self._lost is None and wanted() and time.monotonic() < deadline:
             await asyncio.sleep(_LOOK_S)
         return self._lost if self._lost is not None and (self._lost_first or verdict.reason == PEER_LOST) else verdict
+
+    async def say_last_word(self, attempt_dir: Path, word: Mapping[str, Any]) -> None:
+        """Says `word` of an attempt that is over, behind the rest of the log. Nobody waits for it, so there is little time."""
+        own = Outbox(self._claim.attempt, attempt_dir / "events.spool")
+        shipper = Shipper(self._claim.last_word_url, self._claim.token, [own], log=attempt_dir / "log.txt")
+        shipper.leave(word)
+        with contextlib.suppress(Fenced, TimeoutError):
+            async with asyncio.timeout(LAST_WORD_S):
+                await shipper.run()
+
+
+def left(verdict: Verdict | None, log_tail: str) -> dict[str, Any]:
+    """The last word of a node; without a verdict its ranks ended because we killed them when the attempt was over."""
+    said = verdict._asdict() if verdict else {"outcome": "stopped", "reason": "", "detail": ""}
+    return {"type": "left", **said, "detail": said["detail"][:4000], "log_tail": log_tail}

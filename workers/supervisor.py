@@ -21,14 +21,14 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 from moelab.outbox import Outbox, outboxes
 from moelab.shipper import Denied, Fenced, Shipper
 from spec import events, spool
 from workers.bring import UNREACHABLE, NotBrought, Porter
 from workers.claim import Claim
-from workers.company import Company
+from workers.company import Company, left
 from workers.detach import detach
 from workers.host import AttemptLock, Holder, LockedError, end_attempt, identity, put_aside
 from workers.keeper import Keeper
@@ -38,14 +38,13 @@ from workers.progress import Progress
 from workers.ranks import ORIGIN, Ranks
 from workers.runlog import RunLog
 from workers.storage import storage_url
-from workers.verdict import STOPPED, Verdict, judge
+from workers.verdict import STOPPED, Verdict, judge, told_by_trainer
 
 GRACE_S = 10.0
 SURVIVORS_S = 3.0
 STACKS_S = 2.0
 """How long ranks that stand still have to write their stacks; those of node 0 live until the others have heard of it, too."""
 HEARD_S = 3.0
-LAST_WORD_S = 10.0
 STRAGGLERS_S = 60.0
 FIRST_STEP_S = float(os.environ.get("MOELAB_FIRST_STEP_TIMEOUT_S", "300"))
 STEP_S = float(os.environ.get("MOELAB_STEP_TIMEOUT_S", "120"))
@@ -76,8 +75,7 @@ class Supervisor:
         self._storage = storage_url() if claim.stored_as and claim.node == 0 else ""
         self._keeper: Keeper | None = None
         if self._storage:
-            current = lambda: self._shipper.connected  # noqa: E731
-            self._keeper = Keeper(claim, run_dir, self._storage, say=self._log.say, tell=self._shipper.say, current=current)
+            self._keeper = Keeper(claim, run_dir, self._storage, say=self._log.say, tell=self._shipper.say, current=lambda: self._shipper.connected)
         self._company = Company(claim)
         self._asked: Literal["run", "cancel", "pause"] = "run"
         self._checkpoints_asked = self._checkpoints_sent = 0
@@ -159,7 +157,7 @@ class Supervisor:
             meeting = await self._company.meet(self._shipper, wanted)
             if meeting is None:
                 return
-        self._ranks.start(self._run_dir, self._claim.attempt, self._claim.devices, _threads(self._claim), self._lock.fd, meeting)
+        self._ranks.start(self._run_dir, self._claim.attempt, self._claim.devices, self._claim.threads(), self._lock.fd, meeting)
         if meeting is not None:
             meeting.close()
         if self._keeper is not None:
@@ -246,7 +244,7 @@ class Supervisor:
             asked=self._asked,
             hang=self._hang,
             oom_killed=self._memory_killed or oom_kills() > self._memory_kills,
-            result=_result(self._dir / "result.json"),
+            result=told_by_trainer(self._dir / "result.json"),
             last_line=self._log.last_line,
             last_words=self._log.last_words,
         )
@@ -255,7 +253,7 @@ class Supervisor:
         """Appends RunEnded to the spool, as soon as the disk takes it, and lets the shipper finish. Another node says its last word."""
         if self._claim.node:
             logger.info("%s", verdict)
-            self._shipper.leave(self._left(verdict))
+            self._shipper.leave(left(verdict, self._log.tail))
             return
         event = events.RunEnded(
             at=time.time(),
@@ -279,13 +277,8 @@ class Supervisor:
                 logger.warning("the spool does not take the last event: %s", error)
                 await asyncio.sleep(5)
 
-    def _left(self, verdict: Verdict | None) -> dict[str, Any]:
-        """The last word of a node; None: its ranks ended because we killed them when the attempt was over."""
-        said = verdict._asdict() if verdict else {"outcome": "stopped", "reason": "", "detail": ""}
-        return {"type": "left", **said, "detail": said["detail"][:4000], "log_tail": self._log.tail}
-
     async def _say_last_word(self, answer: Fenced) -> None:
-        """How the ranks of a node ended that was fenced before it had said so. Nobody waits for it, so there is little time."""
+        """How the ranks of a node ended that was fenced before it had said so."""
         if not self._claim.node or self._shipper.word_noted or isinstance(answer, Denied):
             return
         self._kill()
@@ -293,27 +286,7 @@ class Supervisor:
         self._holder.devices, self._holder.ranks = [], []
         self._lock.write(self._holder)
         of_their_own = self._hang or any(not end.by_us for end in self._ranks.exits)
-        own = Outbox(self._claim.attempt, self._dir / "events.spool")
-        shipper = Shipper(self._claim.last_word_url, self._claim.token, [own], log=self._dir / "log.txt")
-        shipper.leave(self._left(self._judge() if of_their_own else None))
-        with contextlib.suppress(Fenced, TimeoutError):
-            async with asyncio.timeout(LAST_WORD_S):
-                await shipper.run()
-
-
-def _threads(claim: Claim) -> int:
-    """CPU threads for one rank: what the spec asks for, else this host's cores shared among its ranks, or its slots."""
-    asked = int(claim.spec.get("parallel", {}).get("threads", 0))
-    sharers = max(len(claim.devices), int(os.environ.get("MOELAB_SLOTS", "1")))
-    return asked or max(1, len(os.sched_getaffinity(0)) // sharers)
-
-
-def _result(path: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
+        await self._company.say_last_word(self._dir, left(self._judge() if of_their_own else None, self._log.tail))
 
 
 def main(arguments: list[str]) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 Outcome = Literal["succeeded", "failed", "cancelled", "paused"]
@@ -41,6 +43,15 @@ class Verdict(NamedTuple):
     detail: str
     exit_code: int | None = None
     signal: int | None = None
+
+
+def told_by_trainer(path: Path) -> dict[str, Any] | None:
+    """What the trainer's result.json at `path` says; None where it has left none."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def judge(

@@ -131,7 +131,8 @@ class ClaimGeneration(_OfWorker):
     def post(self, request: Request) -> Response:
         """The oldest that waits and that this worker has not sent back; 204 if there is none."""
         body = self.body(TakeBody)
-        offer = claim_generation(self.runs, worker=speaking(self.principal, body.worker))
+        worker = speaking(self.principal, body.worker)
+        offer = claim_generation(self.runs, worker=worker)
         if offer is None:
             return Response(status=204)
         generation, checkpoint = offer.generation, offer.checkpoint
