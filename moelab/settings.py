@@ -124,7 +124,10 @@ REST_FRAMEWORK = {
 }
 SPECTACULAR_SETTINGS = {
     "TITLE": "moelab",
-    "DESCRIPTION": "Launch, watch and inspect Mixture-of-Experts training.",
+    "DESCRIPTION": "Launch, watch and inspect Mixture-of-Experts training.\n\n"
+    "Every error is `application/problem+json` (RFC 9457). `detail` is never empty: it says what was asked for and what there is. "
+    "`errors` names what is at fault in the request: a field of the body by JSON pointer, a parameter, or a header. "
+    "It is empty where the request is well formed and the server's state decides, as for 404, 405 and 409.",
     "VERSION": "1",
     "OAS_VERSION": "3.1.1",
     "SERVE_INCLUDE_SCHEMA": False,

@@ -12,5 +12,5 @@ def delete(run_id: int) -> None:
     """Raises StateConflict unless it has ended."""
     run = locked(run_id)
     if not run.is_terminal:
-        raise StateConflict(run, "be deleted before it has ended; cancel it first")
+        raise StateConflict(run, "be deleted before it has ended")
     run.delete()

@@ -40,12 +40,12 @@ def generate(
     run = locked(run.pk)  # so that those who ask at once count each other
     saved = run.checkpoints.filter(deleted=False)
     if not saved.exists():
-        raise StateConflict(run, "generate: it has no checkpoint")
+        raise StateConflict(run, "generate", "it has no checkpoint yet")
     if step is not None and not saved.filter(step=step).exists():
         raise Refused([Problem("/step", f"step: run {run.pk} has no checkpoint at step {step}")])
     _check_size(run, prompt, int(parameters["tokens"]))
     if run.generations.filter(state__in=WAITING).count() >= MAX_WAITING:
-        raise StateConflict(run, f"take another generation: {MAX_WAITING} are waiting")
+        raise StateConflict(run, "take another generation", f"{MAX_WAITING} are waiting, and each that ends makes room for one")
     made = Generation.objects.create(
         run=run,
         creator=user,

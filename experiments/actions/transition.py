@@ -26,13 +26,27 @@ ALLOWED: Mapping[str, frozenset[str]] = {
     State.STOPPING: _ENDS,
     **{state: frozenset() for state in TERMINAL},
 }
+_VERBS: Mapping[str, list[str]] = {
+    State.QUEUED: ["pause", "cancel"],
+    State.STARTING: ["checkpoint", "pause", "cancel"],
+    State.RUNNING: ["checkpoint", "pause", "cancel"],
+    State.PAUSING: ["resume", "cancel"],
+    State.PAUSED: ["resume", "cancel"],
+    State.STOPPING: [],
+}
+
+
+def possible(run: Run) -> list[str]:
+    """What a person can do with the run as it is; what is harmless since it is so already is left out."""
+    verbs = _VERBS.get(run.state, ["restart", "delete"])
+    return [verb for verb in verbs if verb in ("cancel", "delete")] if run.recorded else [*verbs, "clone"]
 
 
 class StateConflict(Exception):  # noqa: N818
-    """The run's state does not allow it; the text says which state and what was asked."""
+    """The run's state does not allow it; the text says which state, what was asked, and what is possible instead."""
 
-    def __init__(self, run: Run, asked: str) -> None:
-        super().__init__(f"run {run.pk} is {run.state}: it cannot {asked}")
+    def __init__(self, run: Run, asked: str, instead: str = "") -> None:
+        super().__init__(f"run {run.pk} is {run.state}: it cannot {asked}; {instead or 'possible now: ' + (', '.join(possible(run)) or 'nothing')}")
         self.state = run.state
 
 

@@ -21,6 +21,7 @@ from rest_framework.views import APIView
 from experiments import access
 from experiments.api.problems import FieldError, Problem, invalid_body, invalid_query
 from experiments.models import Project, Role, Run
+from experiments.routes import ROUTES
 
 M = TypeVar("M", bound=BaseModel)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{8,64}")
@@ -73,6 +74,12 @@ class Endpoint(APIView):
         response.headers["X-Request-ID"] = getattr(request, "request_id", "")
         response.headers.setdefault("Cache-Control", "no-store")
         return response
+
+    @property
+    def default_response_headers(self) -> dict[str, str]:
+        """`Allow` has what the table of routes opens here."""
+        match = self.request.resolver_match
+        return {"Allow": ", ".join(ROUTES.get(match.route if match else "", {}))}
 
     @property
     def principal(self) -> access.Principal:

@@ -8,7 +8,6 @@ from datetime import datetime
 from typing import Annotated, Any
 
 from django.db import IntegrityError, transaction
-from django.http import Http404
 from drf_spectacular.utils import extend_schema
 from pydantic import BaseModel, Field
 from rest_framework.request import Request
@@ -170,7 +169,7 @@ class OneGeneration(Endpoint):
     def _found(self, run_id: int, generation_id: int) -> Generation:
         found = self.run(run_id).generations.select_related("creator", "worker").filter(pk=min(generation_id, 2**63 - 1)).first()
         if found is None:
-            raise Http404
+            raise Problem("not-found", f"run {run_id} has no generation {generation_id}")
         return found
 
 

@@ -53,7 +53,7 @@ class MakesRuns(Endpoint):
         with connection.cursor() as cursor:
             cursor.execute("SELECT pg_try_advisory_xact_lock(%s)", [int.from_bytes(name, "big", signed=True)])
             if not cursor.fetchone()[0]:
-                raise Problem("conflict", "a request with this Idempotency-Key is still being worked on")
+                raise Problem("conflict", "a request with this Idempotency-Key is still being worked on; send it again in a moment")
         found = IdempotencyKey.objects.select_related("run__project", "run__owner", "run__worker").filter(user=self.principal.user, key=key).first()
         if found is not None and found.body_sha256 != digest:
             said = "this Idempotency-Key was used with another body"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from django.http import Http404
 from drf_spectacular.utils import extend_schema
 from pydantic import BaseModel
 from rest_framework.request import Request
@@ -12,6 +11,7 @@ from rest_framework.response import Response
 
 from experiments.actions.describe import Refused, below
 from experiments.api.endpoint import Endpoint, Query, items
+from experiments.api.problems import Problem
 from experiments.api.shapes import BaselineBody, Described
 from spec import presets
 from spec.accounting import price
@@ -52,8 +52,8 @@ class OnePreset(Endpoint):
         self.query(Query)
         try:
             spec, described = presets.load(name), presets.describe(name)
-        except presets.UnknownPresetError:
-            raise Http404 from None
+        except presets.UnknownPresetError as error:
+            raise Problem("not-found", str(error)) from error
         return Response({**described.model_dump(mode="json"), "spec": spec.model_dump(mode="json"), "price": price(spec).model_dump()})
 
 

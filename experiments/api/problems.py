@@ -10,7 +10,7 @@ from django.core.exceptions import ObjectDoesNotExist, PermissionDenied, Request
 from django.db import DatabaseError, InterfaceError, OperationalError
 from django.http import Http404
 from psycopg_pool import PoolTimeout
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from rest_framework import exceptions
 from rest_framework.response import Response
 
@@ -40,23 +40,27 @@ _BY_STATUS = {status: slug for slug, (status, _) in TITLES.items()}
 
 
 class FieldError(BaseModel):
-    """One field at fault: `pointer` into the body (RFC 6901), or `parameter` of the query, or `header`."""
+    """What is at fault in the request: `pointer` into the body (RFC 6901; empty for all of it), `parameter` of the query, or `header`."""
 
-    pointer: str = ""
+    pointer: str | None = None
     parameter: str | None = None
     header: str | None = None
     detail: str
 
 
 class ProblemDocument(BaseModel):
-    """The body of every error."""
+    """The body of every error (RFC 9457)."""
 
-    type: str
-    title: str
+    type: str = Field(description="A URN that stays the same: `urn:moelab:problem:not-found`.")
+    title: str = Field(min_length=1, description="What kind of problem it is, the same for every one of its type.")
     status: int
-    detail: str
-    request_id: str
-    errors: list[FieldError] = []
+    detail: str = Field(min_length=1, description="What was asked for and why it cannot be had: never empty.")
+    request_id: str = Field(description="As in X-Request-ID, and in the server's log.")
+    errors: list[FieldError] = Field(
+        default=[],
+        description="What is at fault in the request, where something is. Empty where the request is well formed and the server's state decides: "
+        "401, 403, 404, 405, most of 409, and 5xx.",
+    )
 
 
 class Problem(Exception):  # noqa: N818
@@ -109,21 +113,24 @@ def handle(error: Exception, context: Mapping[str, Any]) -> Response:
         case StateConflict():
             problem = Problem("conflict", str(error))
         case Http404() | exceptions.NotFound() | ObjectDoesNotExist():  # or deleted since the permission was given
-            problem = Problem("not-found")
+            problem = Problem("not-found", _missing(context))
         case PermissionDenied():
-            problem = Problem("forbidden")
+            problem = Problem("forbidden", str(error))
         case RequestDataTooBig():
-            problem = Problem("too-large")
+            problem = Problem("too-large", "the body is larger than the server reads")
         case exceptions.UnsupportedMediaType():
             detail = "Content-Type: should be application/json"
             problem = Problem("unsupported-media-type", detail, [FieldError(header="Content-Type", detail=detail)])
+        case exceptions.MethodNotAllowed():
+            asked = context["request"]
+            problem = Problem("method-not-allowed", f"{asked.method} is not possible at {asked.path}, only {context['view'].headers['Allow']}")
         case exceptions.APIException():
             problem = Problem(_BY_STATUS.get(error.status_code, "malformed"), str(error.detail))
             challenge = getattr(error, "auth_header", None)
             headers = {"WWW-Authenticate": challenge} if challenge else {}
         case OperationalError() | InterfaceError() | PoolTimeout():
             logger.warning("request %s: the database does not answer: %s", request_id, error)
-            problem, headers = Problem("unavailable"), {"Retry-After": "2"}
+            problem, headers = Problem("unavailable", "send it again in 2 seconds"), {"Retry-After": "2"}
         case DatabaseError() | _:
             logger.exception("request %s failed", request_id, exc_info=error)
             problem = Problem("internal", "It has been logged under this request id")
@@ -132,8 +139,17 @@ def handle(error: Exception, context: Mapping[str, Any]) -> Response:
         type=f"urn:moelab:problem:{problem.slug}",
         title=title,
         status=status,
-        detail=problem.detail or "; ".join(each.detail for each in problem.errors[:3]),
+        detail=problem.detail or "; ".join(each.detail for each in problem.errors[:3]) or title,
         request_id=request_id,
         errors=problem.errors,
     )
     return Response(document.model_dump(exclude_none=True), status=status, headers=headers, content_type=MEDIA_TYPE)
+
+
+def _missing(context: Mapping[str, Any]) -> str:
+    """What there is not, by the path that was asked for. To who may not see a thing it does not exist, so both are said at once."""
+    found = context.get("kwargs") or {}
+    for name in ("run_id", "project_id"):
+        if name in found:
+            return f"there is no {name.removesuffix('_id')} {found[name]}, or you may not see it"
+    return f"there is nothing at {context['request'].path:.250}; GET /api/v1/schema lists what there is"

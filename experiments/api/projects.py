@@ -7,7 +7,6 @@ from typing import Any
 
 from django.contrib.auth.models import User
 from django.db import IntegrityError, transaction
-from django.http import Http404
 from drf_spectacular.utils import extend_schema
 from pydantic import BaseModel
 from rest_framework.request import Request
@@ -112,7 +111,7 @@ class OneMember(Endpoint):
     def delete(self, request: Request, project_id: int, user_id: int) -> Response:
         """Takes the user out; what they made stays."""
         if user_id >= 2**63 or not Membership.objects.filter(project=project_id, user=user_id).delete()[0]:
-            raise Http404
+            raise Problem("not-found", f"project {project_id} has no member {user_id}")
         return Response(status=204)
 
 

@@ -11,7 +11,7 @@ from drf_spectacular.utils import extend_schema
 from rest_framework.request import Request
 from rest_framework.response import Response
 
-from experiments.api.endpoint import Endpoint
+from experiments.api.endpoint import Endpoint, Query
 from experiments.api.problems import TITLES, ProblemDocument
 
 
@@ -37,6 +37,7 @@ class OpenApi(Endpoint):
     @extend_schema(operation_id="get_openapi", responses={200: dict[str, Any]})
     def get(self, request: Request) -> Response:
         """OpenAPI 3.1 as JSON."""
+        self.query(Query)
         return Response(openapi())
 
 

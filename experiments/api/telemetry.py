@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
-from django.http import Http404, HttpResponse, StreamingHttpResponse
+from django.http import HttpResponse, StreamingHttpResponse
 from django.urls import path
 from drf_spectacular.types import OpenApiTypes
 from drf_spectacular.utils import extend_schema
@@ -195,7 +195,7 @@ class ExportView(Endpoint):
         self.query(Query)
         run = self.run(run_id)
         if file not in export.FORMATS:
-            raise Http404
+            raise Problem("not-found", f"there is no export {file!r:.100}, only {', '.join(export.FORMATS)}")
         content_type, make = export.FORMATS[file]
         response = StreamingHttpResponse(_pieces(make(Facts.of(run))), content_type=content_type)
         response.headers["Content-Disposition"] = f'attachment; filename="run-{run_id}-{file}"'

@@ -6,7 +6,6 @@ from datetime import UTC, datetime
 
 from django.db.models import QuerySet
 from django.db.models.functions import Coalesce, Now
-from django.http import Http404
 from drf_spectacular.utils import extend_schema
 from pydantic import BaseModel
 from rest_framework.request import Request
@@ -77,7 +76,7 @@ class OneToken(Endpoint):
     def delete(self, request: Request, token_id: int) -> Response:
         """Revokes it, at once and for good. Again is harmless."""
         if token_id >= 2**63 or not own_tokens(self.principal).filter(pk=token_id).update(revoked_at=Coalesce("revoked_at", Now())):
-            raise Http404
+            raise Problem("not-found", f"you have no token {token_id}")
         return Response(status=204)
 
 

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Annotated, Any, Literal, Self
 
 from django.db.models import QuerySet
-from django.http import Http404
 from drf_spectacular.utils import extend_schema
 from pydantic import BaseModel, Field, StringConstraints, model_validator
 from rest_framework.request import Request
@@ -114,7 +113,7 @@ def _told() -> Iterator[None]:
     except Fenced as fenced:
         raise Problem("conflict", str(fenced)) from fenced
     except Generation.DoesNotExist:
-        raise Http404 from None
+        raise Problem("not-found", "there is no such generation that was given to this token's worker") from None
 
 
 class _OfWorker(Endpoint):

@@ -40,7 +40,7 @@ export function inOrderOf(value: Plain, like: Plain | undefined): Plain {
 }
 
 /** "/spec/model/moe/top_k" → "model.moe.top_k"; what does not lie in the spec is left as it is. */
-export function pathOf(pointer: string): string {
+export function pathOf(pointer = ""): string {
   const keys = pointer.split("/").slice(1).map((key) => key.replaceAll("~1", "/").replaceAll("~0", "~"));
   if (keys[0] === "spec") keys.shift();
   return keys.join(".");

@@ -75,7 +75,7 @@ export interface Problem {
   title: string;
   status: number;
   detail?: string;
-  errors?: { pointer: string; detail: string }[];
+  errors?: { pointer?: string; detail: string }[];
 }
 
 /** The header of a `steps` block. */

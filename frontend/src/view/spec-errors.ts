@@ -3,7 +3,7 @@ import { getPath, isObject, pathOf, type PlainObject } from "../data/paths";
 import type { Problem } from "../data/types";
 import { all, byId, el } from "./dom";
 
-export type FieldProblem = { pointer: string; detail: string };
+export type FieldProblem = { pointer?: string; detail: string };
 
 /** Over the form: how many problems there are; a press leads to the first. */
 export function initProblems(form: HTMLElement): void {

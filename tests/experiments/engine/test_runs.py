@@ -156,7 +156,7 @@ class TestOneRun:
             answer = ada.post(f"{RUNS}/{run.pk}/{verb}")
             return answer.status_code, answer.json().get("state", answer.json().get("detail"))
 
-        assert ask("checkpoint") == (409, f"run {run.pk} is queued: it cannot save a checkpoint")
+        assert ask("checkpoint") == (409, f"run {run.pk} is queued: it cannot save a checkpoint; possible now: pause, cancel, clone")
         assert ask("pause") == (202, "paused") and ask("pause") == (202, "paused")
         assert ask("resume") == (202, "queued") and ask("resume") == (202, "queued")
         assert ask("restart")[0] == 409
