@@ -35,6 +35,7 @@ def new(request: HttpRequest, principal: Principal) -> HttpResponse:
         "open_sections": (*OPEN_SECTIONS, "start") if begun else OPEN_SECTIONS,
         "prefix": "",
         "initial": initial,
+        "defaults": ExperimentSpec().model_dump(mode="json"),
         "parent": parent,
         "clones": clones,
         "parent_title": made.title,

@@ -3,7 +3,7 @@ import { parseDocument, stringify } from "yaml";
 import { ApiError, change, getJson } from "../data/api";
 import { getPath, inOrderOf, isObject, type Plain, type PlainObject } from "../data/paths";
 import type { Run } from "../data/types";
-import { byId, pageData } from "../view/dom";
+import { byId, el, pageData } from "../view/dom";
 import { debounced } from "../view/frame";
 import { initBaseline, showBaseline } from "../view/baseline";
 import { initConfigImport } from "../view/config-import";
@@ -15,8 +15,13 @@ import { tellError } from "../view/toast";
 const form = byId<HTMLFormElement>("spec-form");
 const yaml = byId<HTMLTextAreaElement>("yaml");
 const launch = byId<HTMLButtonElement>("launch");
+const preset = byId<HTMLSelectElement>("preset");
 const initial = pageData<PlainObject>("spec-data");
+/** What the language has where a spec says nothing. */
+const defaults = pageData<PlainObject>("defaults-data");
 let spec: PlainObject = initial;
+/** The spec as it was taken whole, before anything was changed in it, and the preset that it was. */
+let taken = { spec: initial, preset: preset.value };
 let abort = new AbortController();
 /** Whether the YAML can be read; while it cannot, there is nothing to check. */
 let readable = true;
@@ -29,7 +34,7 @@ function setSpec(next: PlainObject, from: "form" | "yaml" | "both"): void {
   spec = next;
   readable = true;
   submission = crypto.randomUUID();
-  if (from !== "form") writeForm(form, spec, initial);
+  if (from !== "form") writeForm(form, spec, defaults);
   if (from !== "yaml") yaml.value = stringify(spec, { lineWidth: 0 });
   byId("yaml-text").textContent = yaml.value;
   showBaseline(spec);
@@ -42,7 +47,7 @@ async function validate(): Promise<void> {
   abort = new AbortController();
   const { signal } = abort;
   const asked = spec;
-  const steps = Number(getPath(asked, "training.steps") ?? getPath(initial, "training.steps")) || 0;
+  const steps = Number(getPath(asked, "training.steps") ?? getPath(defaults, "training.steps")) || 0;
   try {
     const answer = await change<{ price: Price }>("POST", "/runs/validate", { spec: asked }, {}, signal);
     clearErrors(form);
@@ -70,7 +75,8 @@ function readYaml(): void {
     showPrice(null, 0);
     return;
   }
-  setSpec(plain, "yaml");
+  // A clone keeps of its parent what is not said.
+  setSpec(form.dataset.parent ? { ...initial, ...plain } : plain, "yaml");
 }
 
 /** Puts the caret where `path` stands in the YAML. */
@@ -85,10 +91,30 @@ function jump(path: string): void {
 }
 
 async function usePreset(name: string): Promise<void> {
+  const next = name ? (await getJson<{ spec: PlainObject }>(`/presets/${encodeURIComponent(name)}`)).spec : initial;
   compareWith(name ? null : pageData<Compared | null>("compared-data"));
-  if (!name) return setSpec(initial, "both");
-  const preset = await getJson<{ spec: PlainObject }>(`/presets/${encodeURIComponent(name)}`);
-  setSpec(preset.spec, "both");
+  const before = { spec, preset: taken.preset, changed: spec !== taken.spec };
+  takeWhole(next);
+  sayTaken(before);
+}
+
+function takeWhole(next: PlainObject): void {
+  taken = { spec: next, preset: preset.value };
+  setSpec(next, "both");
+}
+
+/** Says that every field is the preset's now, and offers what the reader had changed in the one before. */
+function sayTaken(before: { spec: PlainObject; preset: string; changed: boolean }): void {
+  const said = byId("preset-said");
+  const back = el("button", { type: "button", className: "plain small" }, "Take them back");
+  back.addEventListener("click", () => {
+    said.hidden = true;
+    taken.preset = preset.value = before.preset;
+    setSpec(before.spec, "both");
+  });
+  const title = preset.selectedOptions[0]?.text.trim() ?? "";
+  said.replaceChildren(`Every field is as in ${title} now${before.changed ? "; your changes are gone. " : "."}`, ...(before.changed ? [back] : []));
+  said.hidden = false;
 }
 
 async function submit(): Promise<void> {
@@ -129,12 +155,12 @@ form.addEventListener("submit", (event) => {
   void submit();
 });
 yaml.addEventListener("input", debounced(250, readYaml));
-byId<HTMLSelectElement>("preset").addEventListener("change", (event) => void usePreset((event.target as HTMLSelectElement).value).catch(tellError));
+preset.addEventListener("change", () => void usePreset(preset.value).catch(tellError));
 initProblems(form);
-initConfigImport((imported) => setSpec(imported, "both"));
+initConfigImport(takeWhole);
 initBaseline(() => spec, (dense, compared) => {
   compareWith(compared);
-  setSpec(dense, "both");
+  takeWhole(dense);
 });
 compareWith(pageData<Compared | null>("compared-data"));
 setSpec(initial, "both");

@@ -41,8 +41,9 @@ function readField(field: HTMLElement): Plain {
   return text && Number.isFinite(number) ? number : text;
 }
 
-/** Shows `spec` in the form. What it leaves out keeps its place in `defaults`. */
+/** Shows `spec` in the form. What it leaves out is as in `defaults`, and hidden parts are as new: nothing stays of what stood there before. */
 export function writeForm(form: HTMLElement, spec: PlainObject, defaults: PlainObject): void {
+  for (const input of all<Input>("input, select, textarea", form)) if (input.closest("[data-path], [data-optional], [data-union], [data-terms]")) renew(input);
   const value = (path: string): Plain | undefined => getPath(spec, path) ?? (getPath(spec, path) === null ? null : getPath(defaults, path));
   for (const part of all("[data-optional]", form)) part.querySelector<HTMLInputElement>("[data-switch]")!.checked = isObject(value(part.dataset.optional!));
   for (const union of all("[data-union]", form)) {
@@ -61,6 +62,13 @@ export function writeForm(form: HTMLElement, spec: PlainObject, defaults: PlainO
   showParts(form);
 }
 
+/** Gives `input` what the page was written with. */
+function renew(input: Input): void {
+  if (input instanceof HTMLSelectElement) input.selectedIndex = Math.max([...input.options].findIndex((option) => option.defaultSelected), 0);
+  else if (input.type === "checkbox") (input as HTMLInputElement).checked = (input as HTMLInputElement).defaultChecked;
+  else input.value = input.defaultValue;
+}
+
 function writeTerms(terms: HTMLElement, list: Plain | undefined): void {
   for (const term of all("[data-term]", terms)) {
     const held = Array.isArray(list) ? list.find((one) => isObject(one) && one.kind === term.dataset.term) : undefined;
@@ -74,7 +82,7 @@ function writeField(field: HTMLElement, value: Plain): void {
   const kind = input.dataset.value!.split("-")[0];
   if (kind === "bool") (input as HTMLInputElement).checked = value === true;
   else if (kind === "choices") for (const box of all<HTMLInputElement>("input", input)) box.checked = Array.isArray(value) && value.includes(box.value);
-  else if (document.activeElement !== input) input.value = Array.isArray(value) ? value.join("\n") : value === null ? "" : String(value);
+  else input.value = Array.isArray(value) ? value.join("\n") : value === null ? "" : String(value);
 }
 
 /** Hides what the choices leave out; hidden parts are not read. */

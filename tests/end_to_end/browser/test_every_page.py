@@ -191,6 +191,26 @@ def test_the_form_changes_nothing_of_a_spec_but_what_is_changed(open_page: Opene
     expect(page.locator("#yaml")).to_have_value(re.compile(r"rope_scaling:\n    kind: "))
 
 
+FIELDS = """() => [...document.querySelectorAll('#spec-form :is([data-value], [data-switch], [data-kind])')].map(node =>
+  node.type === 'checkbox' ? node.checked : node.value ?? [...node.querySelectorAll('input')].map(box => box.checked))"""
+
+
+def test_another_preset_leaves_nothing_of_the_one_before_hidden_or_not(open_page: Opened) -> None:
+    fresh = open_page("/runs/new?preset=nano-olmoe").evaluate(FIELDS)
+    page = open_page("/runs/new?preset=deepseek-v3")
+    assert page.evaluate(FIELDS) != fresh and len(fresh) > 150
+    page.locator("#preset").select_option("nano-olmoe")
+    said = page.locator("#preset-said")
+    expect(said).to_have_text(re.compile(r"^Every field is as in .*OLMoE.* now\.$", re.IGNORECASE))
+    assert page.evaluate(FIELDS) == fresh, "latent attention and YaRN, which are hidden now, are as if they had never been shown"
+    page.locator("[data-path='model.moe.top_k'] input").fill("3")
+    page.locator("#preset").select_option("deepseek-v3")
+    expect(said).to_contain_text("your changes are gone")
+    said.get_by_role("button", name="Take them back").click()
+    expect(page.locator("#yaml")).to_have_value(re.compile(r"^name: nano-olmoe\n[\s\S]* top_k: 3\n"))
+    expect(page.locator("#preset")).to_have_value("nano-olmoe")
+
+
 def test_a_token_is_shown_once_works_and_stops_working(live: Live, open_page: Opened) -> None:
     page = open_page("/tokens")
     page.get_by_label("Name").fill("for a script")
