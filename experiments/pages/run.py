@@ -38,7 +38,9 @@ def detail(request: HttpRequest, principal: Principal, run_id: int) -> HttpRespo
             "log_size": run.log_size,
             "parts": {"names": PARTS, "every": sample_steps(run.spec)},
             "expert_ranks": run.spec.get("parallel", {}).get("expert", 1),
+            "every": run.spec.get("telemetry", {}).get("every"),
         },
+        "first_told": _first_told(run),
         "router_notice": router_notice(run.spec),
         "traffic": expected_traffic(run.spec),
         "dense": dense,
@@ -47,6 +49,12 @@ def detail(request: HttpRequest, principal: Principal, run_id: int) -> HttpRespo
         "may_delete": roles_include(principal, run.project_id, Role.ADMIN),
     }
     return render(request, "pages/run.html", context)
+
+
+def _first_told(run: Run) -> str:
+    """When the page's pictures can begin, in words."""
+    every = run.spec.get("telemetry", {}).get("every", 1)
+    return "with the first step" if every == 1 else f"at step {min(every, run.steps):,}: this run tells every {every:,} steps (telemetry.every)"
 
 
 @page

@@ -1,8 +1,9 @@
 import { afterEach, expect, test, vi } from "vitest";
 import { History } from "../src/data/history";
+import { Series } from "../src/data/series";
 import { RunStore } from "../src/data/store";
 import type { Run } from "../src/data/types";
-import { fixture, rows } from "./blocks";
+import { fixture, rows, stepsBlock } from "./blocks";
 
 afterEach(() => vi.unstubAllGlobals());
 
@@ -38,6 +39,51 @@ test("the rows around the cursor: as many for copies of the model on many device
   for (const ranks of [1, 64]) await new History(storeOf(devices, ranks)).snapshot();
   const [copies, shared] = asked.map((query) => Number(query.get("to")) - Number(query.get("from")));
   expect([copies, shared]).toEqual([100, 6]);
+});
+
+/** A server that has told the steps `told` of one layer of two experts, at any level; it remembers what was asked. */
+function rarely(told: number[]): [number, number][] {
+  const asked: [number, number][] = [];
+  vi.stubGlobal("document", { cookie: "" });
+  vi.stubGlobal("fetch", async (path: string) => {
+    const query = new URL(path, "http://x").searchParams;
+    const [from, to] = [Number(query.get("from")), Number(query.get("to"))];
+    asked.push([from, to]);
+    const steps = told.filter((step) => step >= from && step <= to);
+    const tensors = query.get("tensors") ? { expert_tokens: steps.map((step) => [step, 1]) } : {};
+    return new Response(stepsBlock(steps, steps.map((step) => step / 100), tensors));
+  });
+  return asked;
+}
+
+const TOLD = [500, 1000, 1500, 2000, 9500, 10_000];
+const rareStore = (level: number): RunStore => {
+  const store = new RunStore({ id: 1, attempt: 1, metric_names: [], experts: 2, moe_layers: [0], device_names: [] } as unknown as Run, 10, 1, 500);
+  store.whole = new Series(level);
+  store.applySteps(rows(TOLD, TOLD.map((step) => step / 100)), false);
+  return store;
+};
+
+test.each([1, 1024])("a step that was not told shows the last that was, or else the first, with the whole run in rows of %i steps", async (level) => {
+  for (const [step, shown] of [[700, 500], [999, 500], [1000, 1000], [6000, 2000], [60, 500]]) {
+    const asked = rarely(TOLD);
+    const store = rareStore(level);
+    store.setStep(step);
+    await new History(store).snapshot();
+    expect([store.snapshots.at(step)?.step, store.snapshots.told(step, "expert_tokens")?.tensors.expert_tokens?.[0]]).toEqual([shown, shown]);
+    expect(asked.length).toBeLessThan(4);
+    expect(store.snapshots.holds(step)).toBe(true);
+  }
+});
+
+test("a zoom between two told steps reaches out to both, so that its lines lead somewhere", async () => {
+  rarely(TOLD);
+  const store = rareStore(1024);
+  store.setRange({ from: 1100, to: 1300 });
+  await new History(store).zoom();
+  expect([...store.series.step.subarray(0, store.series.length)]).toEqual([1000, 1500, 2000]);
+  await new History(store).layer();
+  expect(store.layerHistory!.length).toBe(3);
 });
 
 test("a dense run's rows are fetched for its phases", async () => {

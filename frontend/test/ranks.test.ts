@@ -67,7 +67,7 @@ test("ranks that an attempt did not have are not shown as idle", () => {
 });
 
 test("why no times, or no finer ones, are shown: the field that would change it is named", () => {
-  expect(note(null, 10, 0)).toBe("The parts of a step appear with the first step.");
+  expect(note(null, 10, 0)).toBe("The parts of a step appear with the first that is told.");
   expect(note(null, 0, 5)).toMatch(/^Nothing is timed in this run: telemetry.phases_every is 0\./);
   expect(note(null, 10, 5)).toBe("Nothing was timed at this step: parts are, every 10 steps (telemetry.phases_every), except where the model is compiled.");
   expect(note(null, null, 5)).toBe("This run's trainer does not tell where its time goes.");

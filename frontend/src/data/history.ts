@@ -7,10 +7,12 @@ import { chunkSteps, snapshotsOf } from "./snapshot";
 import { decodeSteps, type Steps } from "./steps";
 import { termRows } from "./terms";
 import type { RunStore } from "./store";
+import { reachOut } from "./told";
 import type { RunEvent } from "./types";
 
 const SCALAR_PIECES = 4;
 const LAYER_PIECES = 2;
+const SNAPSHOT = "scalars=&tensors=expert_tokens,router_prob,dropped,expert_bias,balance_loss,router_entropy,phase_ms,rank_tokens,rank_traffic";
 const MAX_EVENT_PAGES = 20;
 const MAX_TURNS = 5;
 
@@ -32,8 +34,8 @@ export class History {
   /** The series of the chosen range at its own level of detail. */
   async zoom(): Promise<void> {
     const signal = this.fresh("zoom");
-    const range = this.store.range;
-    if (!range) return;
+    if (!this.store.range) return;
+    const range = reachOut(this.store.whole, this.store.range);
     const plan = planFetch(range.from, range.to, SCALAR_PIECES);
     if (plan.level >= this.store.whole.level) return;
     const series = new Series(plan.level, range.from - 1);
@@ -49,7 +51,7 @@ export class History {
     const { experts, moe_layers: layers } = store.run;
     const to = store.lastStep;
     if (!experts || !layers.length || !to) return;
-    const range = store.range ?? { from: 1, to };
+    const range = store.range ? reachOut(store.whole, store.range) : { from: 1, to };
     const plan = planFetch(range.from, Math.min(range.to, to), LAYER_PIECES);
     const history = new LayerHistory(store.layer, experts, plan.level, range.from - 1);
     const query = `scalars=&tensors=expert_tokens&layer=${store.layer}`;
@@ -82,18 +84,33 @@ export class History {
     store.emit("steps");
   }
 
-  /** The rows around the cursor, unless they are here. */
+  /** The rows around the cursor, unless they are here; where none of them was told up to it, the last one that was. */
   async snapshot(): Promise<void> {
     const { store } = this;
     const { experts, moe_layers: layers } = store.run;
     if (!store.step || store.snapshots.holds(store.step)) return;
     const signal = this.fresh("snapshot");
     const span = chunkSteps(layers.length, experts, store.expertRanks);
-    const from = Math.max(store.step - Math.ceil(span / 2), 1);
-    const to = Math.max(Math.min(from + span, store.lastStep), store.step);
-    const rows = await this.steps(from, to, "scalars=&tensors=expert_tokens,router_prob,dropped,expert_bias,balance_loss,router_entropy,phase_ms,rank_tokens,rank_traffic", signal);
-    store.snapshots.add(from, to, snapshotsOf(rows));
+    const { step } = store;
+    const from = Math.max(step - Math.ceil(span / 2), 1);
+    const to = Math.max(Math.min(from + span, store.lastStep), step);
+    const rows = snapshotsOf(await this.steps(from, to, SNAPSHOT, signal));
+    const told = rows.some((row) => row.step <= step) ? step : await this.nearestTold(step, signal);
+    if (told < from || told > to) rows[told < from ? "unshift" : "push"](...snapshotsOf(await this.steps(told, told, SNAPSHOT, signal)));
+    store.snapshots.add(Math.min(told, from), Math.max(told, to), rows);
     store.emit("snapshot");
+  }
+
+  /** The step that was told last up to `step`, or else first. */
+  private async nearestTold(step: number, signal: AbortSignal): Promise<number> {
+    const { whole } = this.store;
+    const row = whole.rowAt(step);
+    const known = whole.step[Math.max(row, 0)];
+    if (whole.level === 1) return known;
+    // Of several steps in one row the series knows only the last.
+    const [from, to] = row < 0 ? [1, known] : [known, step];
+    const near = [...(await this.steps(from, to, "scalars=&tensors=", signal)).step];
+    return near.findLast((one) => one <= step) ?? near[0] ?? known;
   }
 
   /** The sample that belongs to the cursor, unless it is here. */

@@ -10,7 +10,8 @@ export interface Column {
 /** The bucket of `step` at `level`, as in the store: bucket b holds steps b*level+1 … (b+1)*level. */
 export const bucketOf = (step: number, level: number): number => Math.floor((step - 1) / level);
 
-function lastUpTo(steps: Float64Array, length: number, step: number): number {
+/** Index of the last of the first `length` of ascending `steps` that is at most `step`, or -1. */
+export function lastUpTo(steps: Float64Array, length: number, step: number): number {
   let low = 0;
   let high = length;
   while (low < high) {

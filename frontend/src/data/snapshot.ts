@@ -69,23 +69,24 @@ export class Snapshots {
 
   /** The row of the last reported step up to `step` (or the first after it), if the steps around it are here. */
   at(step: number): Snapshot | undefined {
-    const chunk = this.covering(step);
-    if (!chunk) return undefined;
-    let found = chunk.rows[0];
-    for (const row of chunk.rows) if (row.step <= step) found = row;
-    return found;
+    return this.last(step, () => true) ?? this.covering(step)?.rows[0];
   }
 
   /** The last row up to `step` that told the tensor `name`, among those that are here without a gap; else what `at` gives, if it did. */
   told(step: number, name: string): Snapshot | undefined {
+    const row = this.last(step, ({ tensors }) => Boolean(tensors[name])) ?? this.at(step);
+    return row?.tensors[name] ? row : undefined;
+  }
+
+  /** The last row up to `step` that is as wanted, through chunks that follow each other without a gap. */
+  private last(step: number, wanted: (row: Snapshot) => boolean): Snapshot | undefined {
     let to = step;
     for (let chunk = this.covering(to); chunk; chunk = this.covering(to)) {
-      const found = chunk.rows.findLast((row) => row.step <= to && row.tensors[name]);
+      const found = chunk.rows.findLast((row) => row.step <= to && wanted(row));
       if (found) return found;
       to = chunk.from - 1;
     }
-    const row = this.at(step);
-    return row?.tensors[name] ? row : undefined;
+    return undefined;
   }
 
   /** Whether the steps around `step` are here, be there rows among them or not. */

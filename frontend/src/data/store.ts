@@ -47,11 +47,12 @@ export class RunStore {
   /** Why the newest try to fetch something failed. */
   readonly failures = new Map<Fetched, string>();
 
-  /** `expertRanks`: how many ranks share the experts. */
+  /** `expertRanks`: how many ranks share the experts. `every`: steps between those that are told, null where nobody knows. */
   constructor(
     public run: Run,
     sampleEvery: number | null = null,
     readonly expertRanks = 1,
+    readonly every: number | null = null,
   ) {
     this.samples = new Samples(sampleEvery);
   }

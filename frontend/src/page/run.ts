@@ -30,10 +30,12 @@ interface PageData {
   /** Of a sampled step; `every` steps apart, 0 for never, null where nobody knows. */
   parts: { names: string[]; every: number | null };
   expert_ranks: number;
+  /** Steps between those that are told; null where nobody knows. */
+  every: number | null;
 }
 
-const { run, log_size: logSize, parts, expert_ranks: expertRanks } = pageData<PageData>("run-data");
-const store = new RunStore(run, parts.every, expertRanks);
+const { run, log_size: logSize, parts, expert_ranks: expertRanks, every } = pageData<PageData>("run-data");
+const store = new RunStore(run, parts.every, expertRanks, every);
 const history = new History(store);
 let showStatus: (status: Status) => void = () => undefined;
 /** The newest event that the socket has told: after a broken connection it tells those that came since. */

@@ -5,6 +5,7 @@ import type { Snapshot } from "../data/snapshot";
 import type { RunStore } from "../data/store";
 import { byId, el, setText } from "./dom";
 import { throttled } from "./frame";
+import { otherStep } from "./reading";
 import { LineChart, type Drawing } from "./lines";
 
 export function initBalancing(store: RunStore): void {
@@ -38,7 +39,7 @@ function tableOf(store: RunStore, row: Snapshot): HTMLElement[] {
     return el("tr", at === store.layer ? { "aria-current": "true" } : {}, el("td", {}, choose), ...cells.map((text) => el("td", {}, text)));
   });
   return [
-    el("caption", { className: "sr-only" }, `Balancing at step ${store.step}`),
+    el("caption", row.step === store.step ? { className: "sr-only" } : {}, row.step === store.step ? `Balancing at step ${whole(row.step)}` : otherStep(store, row)),
     el("thead", {}, el("tr", {}, ...head.map((text) => el("th", { scope: "col" }, text)))),
     el("tbody", {}, ...body),
   ];

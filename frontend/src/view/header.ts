@@ -64,7 +64,7 @@ function statText(store: RunStore, name: string): string {
   const { run, series } = store;
   if (name === "val_loss") return metric(run.best_val_loss);
   if (name === "spikes") return String(store.events.filter((event) => event.kind === "spike_detected").length || run.spikes || 0);
-  const row = series.rowAt(store.step);
+  const row = series.length ? Math.max(series.rowAt(store.step), 0) : -1; // before the first that was told: that one
   const value = (row >= 0 ? series.view(name)?.mean[row] : undefined) ?? run.summary?.[name];
   if (name === "tokens_per_s") return compact(store.follow && run.tokens_per_s ? run.tokens_per_s : value);
   if (name === "tflop_per_s") return speedText(store, value);

@@ -6,6 +6,7 @@ import { onThemeChange } from "./colour";
 import { setText } from "./dom";
 import { perFrame, watchSize } from "./frame";
 import { rowAt } from "../data/series";
+import { rowsIn, sparse } from "../data/told";
 import { initBehind } from "./behind";
 
 export interface Line {
@@ -112,7 +113,7 @@ export class LineChart {
       stroke: css(line.colour),
       width: line.width ?? 1.5,
       alpha: line.faint ? 0.35 : 1,
-      points: { show: drawing.x.length < 2 },
+      points: { show: () => !line.faint && this.drawing !== null && sparse(this.drawing.x, this.store.shown) },
       spanGaps: false,
     }));
     const hidden: uPlot.Series = { stroke: "transparent", width: 0, points: { show: false } };
@@ -139,10 +140,17 @@ export class LineChart {
   }
 
   private yRange(min: number | null, max: number | null): uPlot.Range.MinMax {
-    let [low, high] = [min ?? 0, max ?? 1];
+    let [low, high] = this.drawing && sparse(this.drawing.x, this.store.shown) ? this.reach(this.drawing) : [min ?? 0, max ?? 1];
     if (this.options.zeroBased && low >= 0) low = 0;
     const pad = (high - low) * 0.06 || Math.abs(high) * 0.1 || 1;
     return [this.options.zeroBased && low === 0 ? 0 : low - pad, high + pad];
+  }
+
+  /** The least and greatest value of the rows that are shown and of those beside them, which lines lead to. */
+  private reach({ x, values }: Drawing): [number, number] {
+    const [first, last] = rowsIn(x, this.store.shown);
+    const near = values.flatMap((column) => [...column.subarray(Math.max(first - 1, 0), last + 2)]).filter(Number.isFinite);
+    return near.length ? [Math.min(...near), Math.max(...near)] : [0, 1];
   }
 
   /** A click chooses the step; dragging chooses the range (`select`); a double click shows everything. */
@@ -181,19 +189,21 @@ export class LineChart {
     const format = this.options.format ?? metric;
     const one = drawing.lines.filter((line) => !line.faint).length === 1;
     const parts = drawing.lines.flatMap((line, i) => (line.faint ? [] : [`${one ? "" : `${line.label} `}${format(drawing.values[i][at])}`]));
-    setText(this.readout, `${parts.join(" · ")}${index === null ? "" : ` @ ${whole(drawing.x[at])}`}`);
+    setText(this.readout, `${parts.join(" · ")}${index === null && drawing.x[at] === this.store.step ? "" : ` @ ${whole(drawing.x[at])}`}`);
   }
 
   private describe({ x, lines, values }: Drawing): void {
-    const last = x.length - 1;
-    const text = lines.map((line, i) => `${line.label} from ${metric(values[i][0])} to ${metric(values[i][last])}`).join("; ");
-    this.box.setAttribute("aria-label", `${this.options.title}, steps ${whole(x[0] ?? 0)} to ${whole(x[last] ?? 0)}: ${text}`);
+    const [first, last] = rowsIn(x, this.store.shown);
+    const text = lines.map((line, i) => `${line.label} from ${metric(values[i][first])} to ${metric(values[i][last])}`).join("; ");
+    this.box.setAttribute("aria-label", `${this.options.title}, steps ${whole(x[first] ?? 0)} to ${whole(x[last] ?? 0)}: ${text}`);
   }
 
   private table(): { head: string[]; rows: string[][] } {
     const drawing = this.drawing ?? this.options.drawing();
     if (!drawing) return { head: ["step"], rows: [] };
-    const shown = [...drawing.x.keys()].filter((i) => i % Math.ceil(drawing.x.length / 100) === 0 || i === drawing.x.length - 1);
+    const [first, last] = rowsIn(drawing.x, this.store.shown);
+    const rows = Array.from({ length: last - first + 1 }, (_, i) => first + i);
+    const shown = rows.filter((_, i) => i % Math.ceil(rows.length / 100) === 0 || i === rows.length - 1);
     return {
       head: ["step", ...drawing.lines.map((line) => line.label)],
       rows: shown.map((i) => [whole(drawing.x[i]), ...drawing.values.map((column) => metric(column[i]))]),

@@ -70,7 +70,7 @@ export function initRanks(store: RunStore, parts: string[]): void {
 
 /** What the reader should know of the times: how often they are told in full, or why there are none. `every`: steps between samples, null where nobody knows. */
 export function note(shown: { sampled: boolean; ranks: number } | null, every: number | null, lastStep: number): string {
-  if (!lastStep) return "The parts of a step appear with the first step.";
+  if (!lastStep) return "The parts of a step appear with the first that is told.";
   const rare = every ? `every ${every} steps (telemetry.phases_every), except where the model is compiled` : "";
   const never = "telemetry.phases_every is 0. With 10, every tenth step is told part by part.";
   if (!shown) return every === null ? "This run's trainer does not tell where its time goes." : every ? `Nothing was timed at this step: parts are, ${rare}.` : `Nothing is timed in this run: ${never}`;

@@ -39,6 +39,12 @@ export function countsRow(store: RunStore): Snapshot | undefined {
   return store.snapshots.told(store.step, "expert_tokens");
 }
 
+/** "Step 500, the last that was told before 700. ": where a picture is of another step than the chosen one. */
+export function otherStep(store: RunStore, row: Snapshot | undefined): string {
+  if (!row || row.step === store.step) return "";
+  return `Step ${whole(row.step)}, the ${row.step < store.step ? "last that was told before" : "first that was told after"} ${whole(store.step)}. `;
+}
+
 /** The chosen layer at the chosen step, an expert a row. */
 export function layerRows(store: RunStore): Rows {
   const row = countsRow(store);

@@ -1,6 +1,7 @@
 /** The routing heatmap: layers × experts at a step, or one layer's experts × steps. Pointer and keyboard read and choose cells. */
 import { binRatios } from "../data/layer";
 import { fairRatios } from "../data/fair";
+import { untold } from "../data/told";
 import type { RunStore } from "../data/store";
 import { initBehind } from "./behind";
 import { onThemeChange } from "./colour";
@@ -8,7 +9,7 @@ import { byId, readStored, setText, store as keep } from "./dom";
 import { perFrame, watchSize } from "./frame";
 import { Heatmap, drawLegend, type Cell, type Picture } from "./heatmap";
 import { initCells } from "./cells";
-import { countsRow, layerRows, readCell, whyNoCounts, type Reading } from "./reading";
+import { countsRow, layerRows, otherStep, readCell, whyNoCounts, type Reading } from "./reading";
 
 export type View = "layers" | "steps";
 
@@ -20,6 +21,7 @@ export class Routing {
   /** The step under each column of the experts × steps view. */
   private steps: Float64Array = new Float64Array(0);
   private readonly out = byId("routing-readout");
+  private readonly howTo = this.out.dataset.hint ?? "";
   private readonly redraw: () => void;
 
   constructor(private readonly store: RunStore) {
@@ -56,6 +58,7 @@ export class Routing {
     const picture = this.picture();
     byId("routing").classList.toggle("is-empty", !picture);
     for (const view of ["layers", "steps"]) byId(`view-${view}`).setAttribute("aria-pressed", String(view === this.view));
+    this.out.dataset.hint = (this.view === "layers" ? otherStep(this.store, countsRow(this.store)) : "") + (picture ? this.howTo : "");
     if (!picture) return;
     this.heatmap.draw(picture);
     this.describe();
@@ -101,6 +104,10 @@ export class Routing {
     const width = Math.max(this.heatmap.canvas.parentElement!.clientWidth - 48, 50);
     const { ratios, columns, steps } = binRatios(history, from, to, width);
     this.steps = steps;
+    if (!columns) {
+      this.heatmap.canvas.parentElement!.dataset.empty = untold(store.whole, store.shown, store.every) || "Nothing was told of these steps.";
+      return null;
+    }
     const marked = store.follow ? -1 : steps.findIndex((step) => step >= store.step);
     return {
       rows: history.experts,

@@ -1,5 +1,6 @@
 /** The bar that moves the whole page through time: scrubber, step, follow-live, layer, and the range shown. */
 import { whole } from "../data/format";
+import { untold } from "../data/told";
 import { TERMINAL } from "../data/types";
 import type { RunStore } from "../data/store";
 import { all, byId, el, setText } from "./dom";
@@ -22,6 +23,9 @@ export function initTimeline(store: RunStore): void {
     follow.setAttribute("aria-pressed", String(store.follow));
     setText(byId("range-text"), store.range ? `steps ${whole(from)}–${whole(to)}` : `all ${whole(store.lastStep)} steps`);
     byId("range-all").hidden = !store.range;
+    const why = untold(store.whole, store.shown, store.every);
+    setText(byId("untold"), why);
+    byId("untold").hidden = !why;
     for (const button of ranges) button.disabled = Number(button.dataset.range) >= store.lastStep;
   });
   scrubber.addEventListener("input", () => store.setStep(Number(scrubber.value)));

@@ -152,3 +152,30 @@ def test_cancel_and_notes_go_through_the_api(live: Live, open_page: Opened) -> N
     run.end("cancelled", "stopped")
     expect(page.locator("#state")).to_have_text("cancelled")
     assert live.client.run(run.run)["tags"] == ["one", "two"]
+
+
+def test_between_steps_that_were_told_the_page_says_so_and_shows_the_nearest(live: Live, open_page: Opened) -> None:
+    run = live.made_up("tells rarely", 3000, **{"telemetry.every": 500})
+    page = open_page(f"/runs/{run.run}")
+    expect(page.locator("#loss .plot")).to_have_attribute("data-empty", re.compile(r"^The loss appears at step 500: this run tells every 500 steps"))
+    run.send([event for step in range(500, 3001, 500) for event in run.step(step)])
+    run.end()
+    step = page.locator("#step-number")
+    expect(step).to_have_value("3000")
+    step.fill("700")
+    step.press("Enter")
+    expect(page.locator("#routing-readout")).to_have_attribute("data-hint", re.compile(r"^Step 500, the last that was told before 700\. "))
+    expect(page.locator("#bars .readout")).to_contain_text("step 500 · ")
+    expect(page.locator("#loss .readout")).to_contain_text(" @ 500")
+    box = page.locator("#loss .u-over").bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + 0.21 * box["width"], box["y"] + 50)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 0.3 * box["width"], box["y"] + 50, steps=3)
+    page.mouse.up()
+    said = re.compile(r"^Nothing was told of steps 6\d\d to [89]\d\d; nearest: steps 500 and 1,000\. This run tells every 500 steps")
+    expect(page.locator("#untold")).to_have_text(said)
+    page.get_by_role("button", name="Experts × steps").click()
+    expect(page.locator("#routing .canvas-box")).to_have_attribute("data-empty", said)
+    expect(page.locator("#loss .plot")).to_have_attribute("aria-label", re.compile(r"^Loss, steps 500 to 1,000: "))
+    page.get_by_role("button", name="Layers × experts").click()
