@@ -20,6 +20,7 @@ import { initLoss } from "../view/loss";
 import { initMetrics } from "../view/metrics";
 import { initRanks } from "../view/ranks";
 import { Routing } from "../view/routing";
+import { initRunKeys } from "../view/run-keys";
 import { initTabs } from "../view/tabs";
 import { initTimeline } from "../view/timeline";
 import { tellError } from "../view/toast";
@@ -119,6 +120,7 @@ initMetrics(store);
 initEvents(store);
 initLog(store, logSize);
 initRouterWatch();
+initRunKeys(store);
 
 store.on(["cursor", "steps"], debounced(60, atCursor));
 store.on("range", () => {

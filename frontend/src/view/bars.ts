@@ -7,6 +7,7 @@ import { cssColour, currentTheme, indexOf, onThemeChange } from "./colour";
 import { byId, setText } from "./dom";
 import { perFrame, watchSize } from "./frame";
 import { countsRow, layerRows, whyNoCounts } from "./reading";
+import { initSave, type Savable } from "./save";
 
 const HEIGHT = 216;
 const PAD = { left: 46, top: 10, bottom: 22 };
@@ -20,6 +21,7 @@ export function initBars(store: RunStore): void {
   sorted.addEventListener("change", redraw);
   onThemeChange(redraw);
   initBehind(byId("bars"), () => layerRows(store));
+  initSave(byId("bars"), store, () => savable(canvas, store, sorted.checked));
   canvas.addEventListener("click", (event) => {
     const experts = store.run.experts;
     const at = Math.floor(((event.offsetX - PAD.left) / (canvas.clientWidth - PAD.left)) * experts);
@@ -33,6 +35,16 @@ function layerRatios(store: RunStore): Float32Array | null {
   if (!row || !tokens || store.layer >= row.layers) return null;
   const from = store.layer * row.experts;
   return fairRatios(tokens.subarray(from, from + row.experts), 1, row.experts);
+}
+
+/** A row for each bar, in their order. */
+function savable(canvas: HTMLCanvasElement, store: RunStore, sorted: boolean): Savable | null {
+  const [row, ratios] = [countsRow(store), layerRatios(store)];
+  if (!row || !ratios) return null;
+  const layer = store.run.moe_layers[store.layer] ?? store.layer;
+  const tokens = row.tensors.expert_tokens!.subarray(store.layer * row.experts);
+  const rows = order(ratios, sorted).map((expert) => [row.step, layer, expert, ratios[expert], tokens[expert]]);
+  return { steps: [row.step, row.step], picture: { canvas, xTitle: `expert of layer ${layer}`, yTitle: "× fair share", keys: [] }, table: { head: ["step", "layer", "expert", "times_fair_share", "tokens"], rows } };
 }
 
 const order = (ratios: Float32Array, sorted: boolean): number[] => {

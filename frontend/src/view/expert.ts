@@ -16,9 +16,10 @@ export function initExpert(store: RunStore): void {
   const figure = byId("expert");
   const chart = new LineChart(figure, store, {
     title: "Load of the chosen expert",
+    yTitle: "× fair share",
     zeroBased: true,
     empty: () => store.failures.get("layer"),
-    tick: (value) => `${Number(value.toFixed(1))}×`,
+    tick: (value) => `${Number(value.toFixed(2))}×`,
     format: (value) => `${value.toFixed(2)}×`,
     drawing: () => {
       const history = store.layerHistory;

@@ -8,6 +8,8 @@ import { perFrame, watchSize } from "./frame";
 import { rowAt } from "../data/series";
 import { rowsIn, sparse } from "../data/told";
 import { initBehind } from "./behind";
+import type { Key } from "./compose";
+import { initSave, type Savable } from "./save";
 
 export interface Line {
   label: string;
@@ -34,6 +36,10 @@ export interface LineOptions {
   /** Why there is nothing, where that is known better than at first. */
   empty?: () => string | undefined;
   log?: () => boolean;
+  /** What the y axis is, on a saved picture; the title where it is left out. */
+  yTitle?: string;
+  /** The marks that `over` draws, for a saved picture. */
+  marks?: Key[];
   /** Draws on top, in canvas pixels. */
   over?: (plot: uPlot) => void;
   format?: (value: number) => string;
@@ -69,6 +75,7 @@ export class LineChart {
     store.on(["steps", "range", "cursor", "failure"], this.redraw);
     onThemeChange(this.redraw);
     initBehind(figure, () => this.table());
+    initSave(figure, store, () => this.savable());
   }
 
   private draw(): void {
@@ -196,6 +203,19 @@ export class LineChart {
     const [first, last] = rowsIn(x, this.store.shown);
     const text = lines.map((line, i) => `${line.label} from ${metric(values[i][first])} to ${metric(values[i][last])}`).join("; ");
     this.box.setAttribute("aria-label", `${this.options.title}, steps ${whole(x[first] ?? 0)} to ${whole(x[last] ?? 0)}: ${text}`);
+  }
+
+  /** Every row of the shown steps, with the least and greatest where a row stands for several steps. */
+  private savable(): Savable | null {
+    const { drawing, plot, options } = this;
+    if (!drawing || !plot || this.figure.classList.contains("is-empty")) return null;
+    const { x, lines, values, band } = drawing;
+    const [first, last] = rowsIn(x, this.store.shown);
+    const columns = [x, ...values, ...(band ? [band.min, band.max] : [])];
+    const head = ["step", ...lines.map(({ label, faint, width }) => (width === 2 && !faint ? `${label}, smoothed` : label)), ...(band ? ["least", "greatest"] : [])];
+    const rows = Array.from({ length: last - first + 1 }, (_, i) => columns.map((column) => column[first + i]));
+    const keys = [...(lines.length > 1 ? lines.map(({ label, colour }): Key => ({ label, colour, shape: "line" })) : []), ...(options.marks ?? [])];
+    return { steps: [x[first], x[last]], picture: { canvas: plot.ctx.canvas, xTitle: "step", yTitle: options.yTitle ?? options.title, keys }, table: { head, rows } };
   }
 
   private table(): { head: string[]; rows: string[][] } {

@@ -21,6 +21,11 @@ export function initLoss(store: RunStore): void {
     empty: () => store.failures.get(store.range ? "zoom" : "whole"),
     drawing: () => lossDrawing(store, Number(smooth.value)),
     log: () => log.checked,
+    yTitle: "nats per token",
+    marks: [
+      { label: "validation", colour: "--line-2", shape: "dot" },
+      { label: "spike", colour: "--danger", shape: "triangle" },
+    ],
     over: (plot) => drawMarks(plot, store, getComputedStyle(figure)),
   });
   for (const control of [log, smooth]) {

@@ -1,9 +1,11 @@
 /** Ranks: what each spends its step on, and, where they share the experts, what they send to each other, at the chosen step. */
+import type { Snapshot } from "../data/snapshot";
 import type { RunStore } from "../data/store";
 import { initBehind } from "./behind";
 import { all, byId, el, setText } from "./dom";
 import { throttled } from "./frame";
 import { bars, partRows, partsOf, phasesOf, type Spent } from "./parts";
+import { initSave, type Savable } from "./save";
 import { layersOf, layerTable, matrix, said, together } from "./traffic";
 
 export function initRanks(store: RunStore, parts: string[]): void {
@@ -60,12 +62,30 @@ export function initRanks(store: RunStore, parts: string[]): void {
   }
   layerField.addEventListener("change", drawTraffic);
   initBehind(figure, () => partRows(times()?.ranks ?? []));
+  initSave(figure, store, () => savableTimes(times()), ["CSV"]);
+  initSave(byId("ranks-traffic"), store, () => savableTraffic(store.snapshots.at(store.step), layerField.value, store.run.moe_layers), ["CSV"]);
   initBehind(byId("ranks-traffic"), () => {
     const row = store.snapshots.at(store.step);
     return layerTable(row ? layersOf(row) : [], store.run.moe_layers, price);
   });
   store.on(["snapshot", "cursor", "run", "steps", "failure"], draw);
   draw();
+}
+
+function savableTimes(shown: { ranks: Spent[][]; step: number } | null): Savable | null {
+  if (!shown) return null;
+  const rows = shown.ranks.flatMap((spent, rank) => spent.map(({ part, forward, backward }) => [shown.step, rank, part, forward, backward]));
+  return { steps: [shown.step, shown.step], table: { head: ["step", "rank", "part", "forward_ms", "backward_ms"], rows } };
+}
+
+/** `chosen`: a row of the layers, or empty for all together. */
+function savableTraffic(row: Snapshot | undefined, chosen: string, names: number[]): Savable | null {
+  const layers = row ? layersOf(row) : [];
+  const traffic = chosen ? layers[Number(chosen)] : row && together(row, layers);
+  if (!row || !traffic) return null;
+  const layer = chosen ? (names[Number(chosen)] ?? chosen) : "all";
+  const rows = traffic.rows.flatMap((sent, from) => sent.map((count, to) => [row.step, layer, from, to, count]));
+  return { steps: [row.step, row.step], table: { head: ["step", "layer", "from_rank", "to_rank", "rows"], rows } };
 }
 
 /** What the reader should know of the times: how often they are told in full, or why there are none. `every`: steps between samples, null where nobody knows. */

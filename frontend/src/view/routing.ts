@@ -7,6 +7,8 @@ import { initBehind } from "./behind";
 import { onThemeChange } from "./colour";
 import { byId, readStored, setText, store as keep } from "./dom";
 import { perFrame, watchSize } from "./frame";
+import type { Key } from "./compose";
+import { initSave, type Savable } from "./save";
 import { Heatmap, drawLegend, type Cell, type Picture } from "./heatmap";
 import { initCells } from "./cells";
 import { countsRow, layerRows, otherStep, readCell, whyNoCounts, type Reading } from "./reading";
@@ -35,6 +37,7 @@ export class Routing {
     onThemeChange(() => this.legend());
     initCells(canvas, this.heatmap, { hover: (cell) => this.hover(cell), choose: (cell) => this.choose(cell) });
     initBehind(byId("routing"), () => layerRows(store));
+    initSave(byId("routing"), store, () => this.savable());
     this.buttons();
     this.legend();
   }
@@ -123,6 +126,27 @@ export class Routing {
       markedColumn: marked >= 0 ? marked : null,
       markedCell: false,
     };
+  }
+
+  /** A row for each cell of the picture. */
+  private savable(): Savable | null {
+    const { picture, canvas } = this.heatmap;
+    if (!picture || byId("routing").classList.contains("is-empty")) return null;
+    const row = countsRow(this.store);
+    const tokens = row?.tensors.expert_tokens;
+    const byLayer = this.view === "layers";
+    const head = byLayer ? ["step", "layer", "expert", "times_fair_share", "tokens"] : ["step", "layer", "expert", "times_fair_share"];
+    const layer = this.store.run.moe_layers[this.store.layer] ?? this.store.layer;
+    const rows = Array.from(picture.ratios, (ratio, i) => {
+      const [r, c] = [Math.floor(i / picture.columns), i % picture.columns];
+      return byLayer ? [row!.step, picture.rowLabel(r), c, ratio, tokens ? tokens[i] : null] : [this.steps[c], layer, r, ratio];
+    });
+    const keys: Key[] = [
+      { label: "¼× to 4× of the fair share", colour: "--ink", shape: "scale" },
+      { label: "no token", colour: "--ink", shape: "cross" },
+    ];
+    const title = byLayer ? "Routing, layers × experts" : `Routing of layer ${layer}, experts × steps`;
+    return { title, steps: byLayer ? [row!.step, row!.step] : [this.steps[0], this.steps.at(-1)!], picture: { canvas, keys }, table: { head, rows } };
   }
 
   /** Experts before which another rank's share begins. */

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import re
+import struct
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from playwright.sync_api import expect
 from yaml import safe_load
@@ -101,6 +104,43 @@ def test_the_keyboard_reaches_the_content_and_shows_where_it_is(live: Live, open
     expect(page.get_by_role("tabpanel", name="Specialisation")).to_be_visible()
 
 
+def test_single_keys_act_are_listed_and_can_be_turned_off(open_page: Opened, runs: dict[str, int]) -> None:
+    page = open_page(f"/runs/{runs['other']}")
+    step = page.locator("#step-number")
+    expect(step).to_have_value("50")
+    for key, then in ((",", "49"), (",", "48"), (".", "49")):
+        page.keyboard.press(key)
+        expect(step).to_have_value(then)
+    page.keyboard.press("l")
+    expect(page.locator("#follow")).to_have_attribute("aria-pressed", "true")
+    page.keyboard.press("v")
+    expect(page.locator("#view-steps")).to_have_attribute("aria-pressed", "true")
+    expect(page.get_by_role("status").filter(has_text="heatmap: Experts × steps")).to_have_count(1)
+    page.keyboard.press("v")
+    page.keyboard.press("?")
+    dialog = page.get_by_role("dialog", name="Keyboard shortcuts")
+    expect(dialog).to_contain_text("The told step before")
+    page.keyboard.press(",")
+    expect(step).to_have_value("50")
+    dialog.get_by_label("Single keys act on the pages").uncheck()
+    page.keyboard.press("Escape")
+    page.keyboard.press(",")
+    expect(step).to_have_value("50")
+    page.evaluate("localStorage.removeItem('keys-off')")
+
+    page = open_page("/runs")
+    links = page.locator("tr.row a.name")
+    for key, at in (("j", 0), ("j", 1), ("k", 0)):
+        page.keyboard.press(key)
+        expect(links.nth(at)).to_be_focused()
+    page.keyboard.press("x")
+    expect(page.locator("[data-choose]").first).to_be_checked()
+    page.keyboard.press("/")
+    page.keyboard.type("?jx")
+    expect(page.get_by_label("Search names and notes")).to_have_value("?jx")
+    expect(page.get_by_role("dialog")).to_be_hidden()
+
+
 def test_a_line_says_how_the_router_fares_and_each_metric_what_it_is(open_page: Opened, runs: dict[str, int]) -> None:
     page = open_page(f"/runs/{runs['other']}")
     health = page.locator("#health")
@@ -117,6 +157,34 @@ def test_a_line_says_how_the_router_fares_and_each_metric_what_it_is(open_page: 
     expect(page.get_by_text("0 is even; E / k − 1 is everything on the same k of E experts", exact=False)).to_be_visible()
     page.keyboard.press("Enter")
     expect(page.locator("#metrics .chart-help").first).to_be_hidden()
+
+
+def test_a_picture_is_saved_with_what_it_is_of_and_its_values_as_a_table(live: Live, open_page: Opened, runs: dict[str, int]) -> None:
+    page = open_page(f"/runs/{runs['other']}")
+
+    def saved(name: str) -> Path:
+        button = page.get_by_role("button", name=name)
+        button.focus()
+        with page.expect_download() as begun:
+            page.keyboard.press("Enter")
+        path = SHOTS / begun.value.suggested_filename
+        begun.value.save_as(path)
+        return path
+
+    loss = saved("CSV of Loss")
+    header, *rows = csv.reader(loss.open(newline=""))
+    _, arrays = live.client.steps(runs["other"], scalars=["lm_loss"])
+    assert (loss.name, header) == (f"run-{runs['other']}-loss-steps-1-50.csv", ["step", "Cross-entropy"])
+    assert [(int(step), np.float32(value)) for step, value in rows] == list(zip(arrays["step"], arrays["scalars"][:, 0], strict=True))
+    header, *rows = csv.reader(saved("CSV of Routing").open(newline=""))
+    _, arrays = live.client.steps(runs["other"], tensors=["expert_tokens"])
+    assert [int(row[header.index("tokens")]) for row in rows] == arrays["expert_tokens"][-1].ravel().tolist() and len(rows) == 4 * 8
+    for name, figure in (("Loss", "#loss .u-wrap canvas"), ("Routing", "#routing-canvas"), ("Utilisation of the layer", "#bars-canvas")):
+        data = saved(f"PNG of {name}").read_bytes()
+        assert data.startswith(b"\x89PNG")
+        width, height = struct.unpack(">II", data[16:24])
+        inner = page.locator(figure).evaluate("node => [node.width, node.height]")
+        assert width > inner[0] and height > inner[1] + 40, "a margin, and a head that names the run and the steps"
 
 
 def test_specialisation_follows_the_layer_and_the_validation(live: Live, open_page: Opened, runs: dict[str, int]) -> None:
