@@ -2,6 +2,7 @@
 
 from django.urls import include, path
 
+handler500 = "experiments.pages.broken.broken"
 urlpatterns = [
     path("api/v1/", include("experiments.api.urls")),
     path("", include("experiments.health")),

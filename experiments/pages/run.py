@@ -16,6 +16,7 @@ from experiments.pages import placement, specialisation
 from experiments.pages.gate import page
 from experiments.pages.notices import router_notice
 from experiments.pages.traffic import expected_traffic, sample_steps
+from experiments.pages.waiting import waits_for
 from spec.diff import diff
 from spec.events import PARTS
 from spec.experiment import ExperimentSpec
@@ -38,6 +39,7 @@ def detail(request: HttpRequest, principal: Principal, run_id: int) -> HttpRespo
             "log_size": run.log_size,
             "parts": {"names": PARTS, "every": sample_steps(run.spec)},
             "expert_ranks": run.spec.get("parallel", {}).get("expert", 1),
+            "waits_for": waits_for(run),
             "every": run.spec.get("telemetry", {}).get("every"),
         },
         "first_told": _first_told(run),

@@ -23,16 +23,17 @@ JOIN experiments_scalarrollup s ON s.run_id = w.run AND s.level = w.level AND s.
 
 
 def sparklines(run_ids: Sequence[int]) -> dict[int, list[float]]:
-    """The loss of each run, evenly spread over its steps: single steps of short runs, means over buckets of longer ones."""
+    """The loss of each run, evenly spread over its steps: single ones of short runs and of those that tell rarely, means of buckets else."""
     steps: list[tuple[int, int, int]] = []
     buckets: list[tuple[int, int, int, int]] = []
-    for run_id, last, names in Run.objects.filter(pk__in=run_ids).values_list("pk", "last_step", "metric_names"):
+    asked = Run.objects.filter(pk__in=run_ids).values_list("pk", "last_step", "metric_names", "spec__telemetry__every")
+    for run_id, last, names, every in asked:
         if METRIC not in names:
             continue
         place = names.index(METRIC) + 1
         level = max((level for level in LEVELS if last >= POINTS * level), default=1)
-        if level == 1:
-            steps += [(run_id, step, place) for step in _spread(1, last)]
+        if level <= (every or 1):  # a run that tells rarely: buckets may be empty, so the steps that it told
+            steps += [(run_id, step, place) for step in _told(last, every or 1)]
         else:
             buckets += [(run_id, bucket, place, level) for bucket in _spread(0, last // level - 1)]
     lines: dict[int, list[float]] = {run_id: [] for run_id in run_ids}
@@ -42,6 +43,11 @@ def sparklines(run_ids: Sequence[int]) -> dict[int, list[float]]:
                 if value is not None and math.isfinite(value):
                     lines[run_id].append(value)
     return lines
+
+
+def _told(last: int, every: int) -> list[int]:
+    """At most POINTS + 1 of the steps that are told: every `every`th, and the last."""
+    return sorted({*(every * row for row in _spread(1, last // every)), last})
 
 
 def _spread(first: int, last: int) -> list[int]:

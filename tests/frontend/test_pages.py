@@ -10,6 +10,7 @@ from django.test import Client
 from experiments.actions.claim import claim
 from experiments.actions.submit import submit
 from experiments.models import Project, Role, Run
+from experiments.pages import workers
 from experiments.pages.csp import POLICY
 from experiments.pages.form import Choice, Field, Group, Terms, sections, spec_form
 from spec.experiment import ExperimentSpec
@@ -198,10 +199,51 @@ def test_a_run_on_several_hosts_names_them_and_each_host_the_run() -> None:
     run = submit(
         user=people.ada(), project=Project.default(), spec=ExperimentSpec.model_validate({**people.TINY, "parallel": {"data": 2, "nodes": 2}})
     )
-    workers = [people.worker(name) for name in ("first-host", "second-host")]
-    for worker in workers:
+    for worker in [people.worker(name) for name in ("first-host", "second-host")]:
         claim(Run.objects.all(), worker=worker, free_slots=1, free_devices=["cpu:0"])
     client = signed_in("ada", Role.EDITOR)
     shown = client.get(f"/runs/{run.pk}").content.decode()
     assert "node 0 on first-host (cpu:0)" in shown and "node 1 on second-host (cpu:0)" in shown
     assert client.get("/workers").content.decode().count(f'href="/runs/{run.pk}"') == 2
+
+
+# ----- what is not there, broken, or not yet begun
+
+
+def test_an_error_page_says_what_was_asked_for_and_keeps_the_theme(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = signed_in("ada", Role.EDITOR)
+    missing = client.get("/runs/999/<b>").content.decode()
+    assert "<code>/runs/999/%3Cb%3E</code>" in missing and "<title>Not found · moelab</title>" in missing
+    client.cookies["theme"] = "light"
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr(workers, "visible_runs", fail)
+    answer = client.get("/workers")
+    assert answer.status_code == 500 and 'data-theme="light"' in answer.content.decode() and "training goes on" in answer.content.decode()
+
+
+def test_a_queued_run_says_what_it_waits_for() -> None:
+    run = submit(
+        user=people.ada(), project=Project.default(), spec=ExperimentSpec.model_validate({**people.TINY, "parallel": {"device": "cuda", "data": 2}})
+    )
+    client = signed_in("ada", Role.EDITOR)
+
+    def said() -> str:
+        return str(client.get(f"/runs/{run.pk}").context["page_data"]["waits_for"])
+
+    assert said().startswith("No worker is connected")
+    people.worker("small", cuda=1)
+    assert said() == "The run takes 2 CUDA devices on a host, and no worker that is connected has more than 1."
+    people.worker("large", cuda=2)
+    assert said() == "Waiting for a worker with free devices."
+    Run.objects.filter(pk=run.pk).update(state="running")
+    assert said() == ""
+
+
+def test_a_run_that_tells_rarely_says_when_its_pictures_begin() -> None:
+    spec = {**people.TINY, "telemetry": {"every": 15}}
+    run = submit(user=people.ada(), project=Project.default(), spec=ExperimentSpec.model_validate(spec))
+    shown = signed_in("ada", Role.EDITOR).get(f"/runs/{run.pk}").content.decode()
+    assert shown.count("at step 15: this run tells every 15 steps (telemetry.every).") == 4

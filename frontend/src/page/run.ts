@@ -33,9 +33,11 @@ interface PageData {
   expert_ranks: number;
   /** Steps between those that are told; null where nobody knows. */
   every: number | null;
+  /** What the run waits for while it is queued. */
+  waits_for: string;
 }
 
-const { run, log_size: logSize, parts, expert_ranks: expertRanks, every } = pageData<PageData>("run-data");
+const { run, log_size: logSize, parts, expert_ranks: expertRanks, every, waits_for: waitsFor } = pageData<PageData>("run-data");
 const store = new RunStore(run, parts.every, expertRanks, every);
 const history = new History(store);
 let showStatus: (status: Status) => void = () => undefined;
@@ -105,7 +107,7 @@ function initRouterWatch(): void {
 }
 
 showStatus = initBanner(socket);
-initHeader(store);
+initHeader(store, waitsFor);
 initHealth(store);
 initActions(store);
 initTabs();

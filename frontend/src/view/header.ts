@@ -7,21 +7,21 @@ import { perFrame } from "./frame";
 
 const MARKS: Record<string, string> = { succeeded: "✓", failed: "✕", cancelled: "⊘", paused: "⏸" };
 
-export function initHeader(store: RunStore): void {
-  const draw = perFrame(() => drawHeader(store));
+export function initHeader(store: RunStore, waitsFor: string): void {
+  const draw = perFrame(() => drawHeader(store, waitsFor));
   store.on(["run", "steps", "cursor", "events"], draw);
   setInterval(draw, 1000);
   draw();
 }
 
-function drawHeader(store: RunStore): void {
+function drawHeader(store: RunStore, waitsFor: string): void {
   const { run } = store;
   const step = Math.max(store.lastStep, run.last_step);
   const progress = run.steps ? Math.min(step / run.steps, 1) : run.progress;
   const state = byId("state");
   state.dataset.state = run.state;
   setText(state, run.state);
-  setText(byId("reason"), reasonText(run));
+  setText(byId("reason"), reasonText(run) || beforeSteps(store, step, waitsFor));
   byId("reason").classList.toggle("bad", run.state === "failed");
   const bar = byId<HTMLProgressElement>("progress");
   bar.value = progress;
@@ -37,7 +37,14 @@ function reasonText(run: Run): string {
   const exit = run.exit_code === null || run.exit_code === undefined ? "" : ` (exit code ${run.exit_code})`;
   if (run.state === "failed") return [run.reason.replaceAll("_", " ") + exit, run.detail].filter(Boolean).join(": ");
   if (run.state === "succeeded") return "";
-  return run.state === "queued" ? run.detail || "waiting for a worker with free devices" : run.detail;
+  return run.detail;
+}
+
+/** What goes on where no step has been told yet. */
+function beforeSteps({ run, every }: RunStore, step: number, waitsFor: string): string {
+  if (run.state === "queued") return waitsFor || "Waiting for a worker with free devices.";
+  if (run.state === "starting") return "A worker has the run: its trainer reads the data and builds the model.";
+  return run.state === "running" && !step ? `Training has begun; the first figures come with step ${whole(Math.min(every ?? 1, run.steps || 1))}.` : "";
 }
 
 function progressText(run: Run, step: number, progress: number): string {

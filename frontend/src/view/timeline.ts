@@ -21,7 +21,8 @@ export function initTimeline(store: RunStore): void {
     scrubber.style.setProperty("--at", `${to > from ? ((store.step - from) / (to - from)) * 100 : 100}%`);
     setText(follow, TERMINAL.has(store.run.state) ? "Latest" : "Live");
     follow.setAttribute("aria-pressed", String(store.follow));
-    setText(byId("range-text"), store.range ? `steps ${whole(from)}–${whole(to)}` : `all ${whole(store.lastStep)} steps`);
+    setText(byId("range-text"), store.range ? `steps ${whole(from)}–${whole(to)}` : store.lastStep ? `all ${whole(store.lastStep)} steps` : "no steps yet");
+    scrubber.disabled = number.disabled = !store.lastStep;
     byId("range-all").hidden = !store.range;
     const why = untold(store.whole, store.shown, store.every);
     setText(byId("untold"), why);

@@ -216,3 +216,11 @@ def test_sparklines(told: Run) -> None:
     assert 30 <= len(line[told.pk]) <= 40
     assert line[told.pk][0] == pytest.approx(STEPS[1].scalars[0])
     assert line[told.pk][-1] == pytest.approx(STEPS[200].scalars[0])
+
+
+def test_the_sparkline_of_a_run_that_tells_rarely_has_the_steps_that_it_told(run: Run, valkey_url: str) -> None:
+    Run.objects.filter(pk=run.pk).update(spec={"telemetry": {"every": 500}})
+    told = [*range(500, 20_001, 500), 20_123]
+    send(run, [started(), declared(), *(step(number) for number in told)])
+    line = sparklines([run.pk])[run.pk]
+    assert line == pytest.approx([step(number).scalars[0] for number in told if np.isfinite(step(number).scalars[0])])

@@ -1,0 +1,20 @@
+"""What a queued run waits for, in words: a worker at all, one that is large enough, or one that is free."""
+
+from __future__ import annotations
+
+from experiments.actions.books import WORKER_SILENT_S, n_cuda_of
+from experiments.actions.now import after_now
+from experiments.models import Run, State, Worker
+
+
+def waits_for(run: Run) -> str:
+    """For the run's page; empty for a run that is not queued."""
+    if run.state != State.QUEUED or run.recorded:
+        return ""
+    alive = list(Worker.objects.filter(last_seen__gt=after_now(-WORKER_SILENT_S)))
+    if not alive:
+        return "No worker is connected: the run waits until one is. `moelab worker` starts one on any host."
+    share, most = run.world_size // run.node_count, max(map(n_cuda_of, alive))
+    if run.device == "cuda" and share > most:
+        return f"The run takes {share} CUDA device{'s' * (share > 1)} on a host, and no worker that is connected has more than {most}."
+    return "Waiting for a worker with free devices."
