@@ -34,6 +34,7 @@ function setSpec(next: PlainObject, from: "form" | "yaml" | "both"): void {
   spec = next;
   readable = true;
   submission = crypto.randomUUID();
+  byId("preset-said").hidden = true;
   if (from !== "form") writeForm(form, spec, defaults);
   if (from !== "yaml") yaml.value = stringify(spec, { lineWidth: 0 });
   byId("yaml-text").textContent = yaml.value;
@@ -108,7 +109,6 @@ function sayTaken(before: { spec: PlainObject; preset: string; changed: boolean 
   const said = byId("preset-said");
   const back = el("button", { type: "button", className: "plain small" }, "Take them back");
   back.addEventListener("click", () => {
-    said.hidden = true;
     taken.preset = preset.value = before.preset;
     setSpec(before.spec, "both");
   });

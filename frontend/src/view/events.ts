@@ -29,13 +29,13 @@ export function initEvents(store: RunStore): void {
 function eventItem(store: RunStore, event: RunEvent): HTMLElement {
   const [title, text] = WORDS[event.kind]?.(event.body) ?? [event.kind.replaceAll("_", " "), ""];
   const time = new Date(event.at);
+  const step = event.step ? stepButton(store, event.step) : el("span", { className: "step-none" });
   const head: HTMLElement[] = [
-    event.step ? stepButton(store, event.step) : el("span", { className: "step-none" }),
     el("span", { className: "event-title" }, title),
     el("span", { className: "event-text" }, text),
     el("time", { dateTime: event.at, "data-age": "", title: time.toLocaleString() }, age(time)),
   ];
-  const item = el("li", { className: "event", "data-kind": event.kind });
+  const item = el("li", { className: "event", "data-kind": event.kind }, step);
   const [spike] = spikesOf([event]);
   if (spike) item.append(el("details", {}, el("summary", {}, ...head), spikeTable(store, spike)));
   else item.append(...head);
@@ -44,10 +44,7 @@ function eventItem(store: RunStore, event: RunEvent): HTMLElement {
 
 function stepButton(store: RunStore, step: number): HTMLElement {
   const button = el("button", { type: "button", className: "step-link", title: "Show this step in every picture" }, whole(step));
-  button.addEventListener("click", (click) => {
-    click.preventDefault();
-    store.setStep(step);
-  });
+  button.addEventListener("click", () => store.setStep(step));
   return button;
 }
 

@@ -36,7 +36,8 @@ def test_the_last_sample_is_told_part_by_part(two: MadeUpRun, open_page: Opened)
     expect(figure.locator(".part-said")).to_have_text(["144 ms, waits 12 ms (8.3 %)", "135 ms, waits 3 ms (2.2 %)"])
     expect(figure.locator(".part-track").first).to_have_attribute("aria-label", re.compile("^Rank 0: data 12 ms, .*waiting 12 ms"))
     figure.get_by_text("Table", exact=True).click()
-    told = rows(page, "#ranks > details")
+    expect(page.locator("#ranks > .figure-foot tbody")).to_be_visible()
+    told = rows(page, "#ranks > .figure-foot")
     assert ["waiting", "9", "3", "0", "3"] in told
     assert told[-1] == ["together", "53", "91", "44", "91"]
     page.get_by_label("Step", exact=True).first.focus()
@@ -78,6 +79,7 @@ def test_traffic_is_told_by_layer_in_rows_and_bytes(two: MadeUpRun, open_page: O
     page.get_by_role("button", name="Rows").click()
     assert rows(page, "#ranks-matrix") == first
     page.get_by_text("By layer", exact=True).click()
+    expect(page.locator("#ranks-traffic details tbody tr")).to_have_count(5)
     assert [row[0] for row in rows(page, "#ranks-traffic details")] == ["0", "1", "2", "3", "all"]
 
 
