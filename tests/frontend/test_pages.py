@@ -236,8 +236,10 @@ def test_a_queued_run_says_what_it_waits_for() -> None:
     assert said().startswith("No worker is connected")
     people.worker("small", cuda=1)
     assert said() == "The run takes 2 CUDA devices on a host, and no worker that is connected has more than 1."
-    people.worker("large", cuda=2)
+    large = people.worker("large", cuda=2)
     assert said() == "Waiting for a worker with free devices."
+    Run.objects.filter(pk=run.pk).update(worker=large, progress_checkpoint_step=10)
+    assert said() == "Waiting for free devices on large: the worker that has the checkpoint that the run goes on from."
     Run.objects.filter(pk=run.pk).update(state="running")
     assert said() == ""
 
