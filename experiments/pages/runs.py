@@ -56,6 +56,7 @@ def listing(request: HttpRequest, principal: Principal) -> HttpResponse:
         context["error"] = str(problem)
         return render(request, "pages/runs.html", context)
     shown = found[: query.limit]
+    context["first"] = not found and not context["filtered"] and not visible_runs(principal).exists()
     context["runs"] = _rows(shown)
     if len(found) > query.limit:
         after = request.GET.copy()

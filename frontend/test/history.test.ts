@@ -86,6 +86,20 @@ test("a zoom between two told steps reaches out to both, so that its lines lead 
   expect(store.layerHistory!.length).toBe(3);
 });
 
+test.each([1, null, 2])("a zoom of a long run is as fine as without its neighbours, where %s step apart is told", async (every) => {
+  const asked = rarely([]);
+  const store = new RunStore({ id: 1, attempt: 1, metric_names: [], experts: 2, moe_layers: [0], device_names: [] } as unknown as Run, 10, 1, every);
+  store.whole = new Series(1024);
+  const ends = Array.from({ length: 1000 }, (_, i) => (i + 1) * 1024);
+  store.applySteps(rows(ends, ends, { level: 1024, n: ends.map(() => 1024 / (every ?? 1)) }), false);
+  store.setRange({ from: 500_001, to: 503_000 });
+  const history = new History(store);
+  await history.zoom();
+  await history.layer();
+  expect([store.series.level, store.layerHistory!.level]).toEqual([1, 1]);
+  if (every === 1) expect(asked).toEqual([[500_001, 502_000], [502_001, 503_000], [500_001, 502_000], [502_001, 503_000]]);
+});
+
 test("a dense run's rows are fetched for its phases", async () => {
   const asked = stubbed();
   await new History(storeOf({ moe_layers: [], experts: 0 })).snapshot();

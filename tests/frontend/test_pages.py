@@ -93,6 +93,16 @@ def test_filters_of_the_list_are_the_api_s_and_nonsense_is_said() -> None:
     assert client.get("/runs?cursor=nonsense").status_code == 200
 
 
+def test_whose_runs_are_all_archived_is_shown_the_way_to_them() -> None:
+    client = signed_in("ada", Role.EDITOR)
+    assert b"data-first" in client.get("/runs").content
+    hostile_run("alpha")
+    Run.objects.update(archived=True)
+    shown = client.get("/runs").content
+    assert b"data-first" not in shown and b'href="/runs?archived=true"' in shown
+    assert b"alpha" in client.get("/runs?archived=true").content
+
+
 def test_signing_in_leads_only_to_our_own_pages() -> None:
     people.user("ada", Project.default(), Role.EDITOR)
     for target, leads in (

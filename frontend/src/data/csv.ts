@@ -7,6 +7,9 @@ export interface Table {
   rows: Value[][];
 }
 
+/** A text that no spreadsheet takes for a formula: names of metrics and phases are the trainer's own. */
+const plain = (text: string): string => (/^[=+\-@\t\r]/.test(text) ? `'${text}` : text);
+
 const quoted = (text: string): string => (/[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text);
 
 /** The shortest text that reads back as the same number, as a float32 where it is one; empty where there is none. */
@@ -17,6 +20,6 @@ function digits(value: number): string {
   return String(Number(value.toPrecision(9)));
 }
 
-const cell = (value: Value): string => (value === null ? "" : typeof value === "number" ? digits(value) : quoted(value));
+const cell = (value: Value): string => (value === null ? "" : typeof value === "number" ? digits(value) : quoted(plain(value)));
 
 export const csvOf = ({ head, rows }: Table): string => [head, ...rows].map((row) => `${row.map(cell).join(",")}\r\n`).join("");

@@ -1,12 +1,12 @@
 /** Fetches what the store lacks: the whole run, a zoom, a layer, the rows around the cursor. Stale answers are dropped. */
 import { getBlock, getJson } from "./api";
 import { LayerHistory } from "./layer";
-import { planFetch } from "./plan";
+import { planFetch, type Plan } from "./plan";
 import { Series } from "./series";
 import { chunkSteps, snapshotsOf } from "./snapshot";
 import { decodeSteps, type Steps } from "./steps";
 import { termRows } from "./terms";
-import type { RunStore } from "./store";
+import type { Range, RunStore } from "./store";
 import { reachOut } from "./told";
 import type { RunEvent } from "./types";
 
@@ -35,10 +35,9 @@ export class History {
   async zoom(): Promise<void> {
     const signal = this.fresh("zoom");
     if (!this.store.range) return;
-    const range = reachOut(this.store.whole, this.store.range);
-    const plan = planFetch(range.from, range.to, SCALAR_PIECES);
+    const { from, plan } = this.planRange(this.store.range, SCALAR_PIECES);
     if (plan.level >= this.store.whole.level) return;
-    const series = new Series(plan.level, range.from - 1);
+    const series = new Series(plan.level, from - 1);
     for (const piece of plan.pieces) series.apply(await this.steps(piece.from, piece.to, "scalars=*&tensors=", signal));
     this.store.zoomed = series;
     this.store.emit("steps");
@@ -51,9 +50,8 @@ export class History {
     const { experts, moe_layers: layers } = store.run;
     const to = store.lastStep;
     if (!experts || !layers.length || !to) return;
-    const range = store.range ? reachOut(store.whole, store.range) : { from: 1, to };
-    const plan = planFetch(range.from, Math.min(range.to, to), LAYER_PIECES);
-    const history = new LayerHistory(store.layer, experts, plan.level, range.from - 1);
+    const { from, plan } = store.range ? this.planRange(store.range, LAYER_PIECES) : { from: 1, plan: planFetch(1, to, LAYER_PIECES) };
+    const history = new LayerHistory(store.layer, experts, plan.level, from - 1);
     const query = `scalars=&tensors=expert_tokens&layer=${store.layer}`;
     for (const piece of plan.pieces) history.apply(await this.steps(piece.from, piece.to, query, signal));
     // Live rows go by while this is fetched: take what it missed before it hears them itself.
@@ -63,6 +61,14 @@ export class History {
     if (store.range) store.layerZoomed = history;
     else store.layerWhole = history;
     store.emit("layer", "steps");
+  }
+
+  /** How to fetch the chosen range with the told steps on either side of it; without them where every step is told, or where more steps would share a row. */
+  private planRange(range: Range, maxPieces: number): { from: number; plan: Plan } {
+    const { whole, every, lastStep } = this.store;
+    const planOf = ({ from, to }: Range) => ({ from, plan: planFetch(from, Math.min(to, lastStep), maxPieces) });
+    const [plain, reached] = [planOf(range), planOf(reachOut(whole, range))];
+    return every === 1 || reached.plan.level > Math.max(plain.plan.level, every ?? 1) ? plain : reached;
   }
 
   /** The chosen layer's balancing terms over the whole run. */
