@@ -61,8 +61,10 @@ def _first_told(run: Run) -> str:
 
 @page
 def panel(request: HttpRequest, principal: Principal, run_id: int, panel: str) -> HttpResponse:
-    """A tab of the page, fetched when it is opened."""
+    """A tab of the page, fetched when it is opened; `waiting` is what a queued run waits for, as plain text."""
     run = run_of(principal, run_id)
+    if panel == "waiting":
+        return HttpResponse(waits_for(run), content_type="text/plain; charset=utf-8")
     if panel == "timeline":
         return render(request, "pages/_timeline.html", {"transitions": run.transitions.order_by("-id"), "nodes": nodes_of(run), "run": run})
     if panel == "checkpoints":

@@ -95,6 +95,18 @@ test("where a token's experts are most of all, unevenness and collapse begin ear
   expect(healthOf([row(1, [[95, 5]])], [0], 1)?.text).toMatch(/^Routing has collapsed/);
 });
 
+test("live rows of a run that tells rarely begin with the first of them where nothing leads to it", () => {
+  const snapshots = new Snapshots();
+  snapshots.add(900, 1000, [row(1000, [[1]])]);
+  snapshots.append([row(2500, [[1]])], 2001); // 1,001 to 2,000 came by another way
+  expect([snapshots.holds(2300), snapshots.at(2300)?.step, snapshots.at(2600)?.step]).toEqual([false, undefined, undefined]);
+  snapshots.add(1500, 2499, [row(1500, [[1]]), row(2000, [[1]])]);
+  expect([snapshots.at(2300)?.step, snapshots.at(2500)?.step]).toEqual([2000, 2500]);
+  const first = new Snapshots();
+  first.append([row(500, [[1]])], 1);
+  expect(first.at(20)?.step, "before which there is none").toBe(500);
+});
+
 test("a window without rows is here all the same, and is not asked for again", () => {
   const snapshots = new Snapshots();
   snapshots.add(1100, 1300, []);

@@ -1,5 +1,6 @@
 import { expect, test } from "vitest";
 import { planFetch } from "../src/data/plan";
+import { Series } from "../src/data/series";
 import { backoff } from "../src/data/socket";
 import { RunStore } from "../src/data/store";
 import type { Run, RunEvent } from "../src/data/types";
@@ -82,4 +83,15 @@ test("reconnects soon at first, and never later than every 15 s", () => {
   expect(backoff(0, 0)).toBe(500);
   expect(backoff(0, 1)).toBe(250);
   expect(backoff(30, 0)).toBe(15_000);
+});
+
+test("figures at a step that a zoom does not show come from the whole run", () => {
+  const store = new RunStore(run());
+  store.applySteps(rows([1, 2, 3, 4], [4, 3, 2, 1]));
+  store.setRange({ from: 3, to: 4 });
+  store.zoomed = new Series();
+  for (const [step, series] of [[2, store.whole], [3, store.zoomed], [4, store.zoomed]] as const) {
+    store.setStep(step);
+    expect(store.seriesAtStep).toBe(series);
+  }
 });

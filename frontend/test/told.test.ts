@@ -1,6 +1,6 @@
 import { expect, test } from "vitest";
 import { Series } from "../src/data/series";
-import { reachOut, rowsIn, sparse, untold } from "../src/data/told";
+import { reachOut, rowsIn, sparse, toldBeside, untold } from "../src/data/told";
 import { rows } from "./blocks";
 
 const told = (steps: number[], level = 1): Series => {
@@ -35,4 +35,19 @@ test("few told steps are marked, and the first steps of a run that tells all of 
   expect(sparse(steps, { from: 1, to: 2000 })).toBe(true);
   expect(sparse(steps, { from: 900, to: 1100 })).toBe(true);
   expect(sparse(Float64Array.from([1, 2, 3]), { from: 1, to: 3 })).toBe(false);
+});
+
+test("the told step beside: by `every` where several share a row, and never the other way", () => {
+  const beside = (series: Series, step: number, every: number | null) => ([-1, 1] as const).map((by) => toldBeside({ seriesAtStep: series, step, every, lastStep: 5000 }, by));
+  const coarse = told([1024, 2048, 3072, 4096, 5000], 1024);
+  expect(beside(coarse, 2050, 1)).toEqual([2049, 2051]);
+  expect(beside(coarse, 2050, 500)).toEqual([2000, 2500]);
+  expect(beside(coarse, 5000, 300)).toEqual([4800, 5000]);
+  expect(beside(coarse, 2050, null)).toEqual([2048, 3072]);
+  const fine = told([500, 1000, 1500]);
+  expect(beside(fine, 700, 500)).toEqual([500, 1000]);
+  expect(beside(fine, 1000, 500)).toEqual([500, 1500]);
+  expect(beside(fine, 300, 500), "before the first").toEqual([300, 500]);
+  expect(beside(fine, 1500, 500), "where a zoom ends").toEqual([1000, 2000]);
+  expect(beside(fine, 1500, null)).toEqual([1000, 1500]);
 });

@@ -241,7 +241,9 @@ def test_a_queued_run_says_what_it_waits_for() -> None:
     client = signed_in("ada", Role.EDITOR)
 
     def said() -> str:
-        return str(client.get(f"/runs/{run.pk}").context["page_data"]["waits_for"])
+        first = str(client.get(f"/runs/{run.pk}").context["page_data"]["waits_for"])
+        assert client.get(f"/runs/{run.pk}/panel/waiting").content.decode() == first
+        return first
 
     assert said().startswith("No worker is connected")
     people.worker("small", cuda=1)

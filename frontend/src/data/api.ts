@@ -3,7 +3,7 @@ import type { Problem } from "./types";
 
 export class ApiError extends Error {
   constructor(readonly problem: Problem) {
-    super([problem.title, problem.detail].filter(Boolean).join(": "));
+    super([...new Set([problem.title, problem.detail])].filter(Boolean).join(": "));
   }
 }
 

@@ -57,7 +57,9 @@ export class Snapshots {
       this.chunks.push(this.tail);
       this.tail = null;
     }
-    this.tail ??= { from, to: 0, rows: [], cells: 0 };
+    // What was told last before steps that nothing leads to is not here: they are left to be fetched.
+    const joined = from <= 1 || this.holds(from - 1);
+    this.tail ??= { from: joined ? from : rows[0].step, to: 0, rows: [], cells: 0 };
     for (const row of rows) {
       if (row.step <= this.tail.to) continue;
       this.tail.rows.push(row);

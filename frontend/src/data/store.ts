@@ -73,6 +73,12 @@ export class RunStore {
     return this.zoomed ?? this.whole;
   }
 
+  /** The series that has the chosen step: a zoom need not. */
+  get seriesAtStep(): Series {
+    const { from, to } = this.shown;
+    return this.step >= from && this.step <= to ? this.series : this.whole;
+  }
+
   get layerHistory(): LayerHistory | null {
     return this.layerZoomed ?? this.layerWhole;
   }

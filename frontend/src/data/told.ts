@@ -1,13 +1,25 @@
 /** Which steps were told: a trainer may tell every 500th only, and a window, or the cursor, may then lie between two of them. */
 import { whole } from "./format";
 import { lastUpTo, type Series } from "./series";
-import type { Range } from "./store";
+import type { Range, RunStore } from "./store";
 
 /** `range` reached out to the told steps on either side of it, so that a line through it comes from somewhere and leads somewhere. */
 export function reachOut(series: Series, { from, to }: Range): Range {
   const before = series.rowAt(from - 1);
   const behind = series.rowAt(to) + 1;
   return { from: before >= 0 ? series.step[before] : from, to: behind < series.length ? series.step[behind] : to };
+}
+
+/** The told step after the chosen one (`by` 1) or before it (-1); the chosen one where nobody knows of another. */
+export function toldBeside({ seriesAtStep: series, step, every, lastStep }: Pick<RunStore, "seriesAtStep" | "step" | "every" | "lastStep">, by: 1 | -1): number {
+  const row = series.rowAt(step);
+  // Between two told steps the one before is a step back already.
+  const beside = by < 0 && row >= 0 && series.step[row] < step ? row : row + by;
+  const near = beside >= 0 && beside < series.length ? series.step[beside] : step;
+  if (near !== step && (series.level === 1 || !every)) return near;
+  // Of several steps in one row the series knows only the last, and a zoom ends.
+  const multiple = every ? (by > 0 ? Math.floor(step / every) + 1 : Math.ceil(step / every) - 1) * every : step;
+  return multiple < 1 ? step : Math.min(multiple, lastStep);
 }
 
 /** The rows, first and last, of ascending `steps` that lie in the range; where none does, those on either side of it. */

@@ -93,8 +93,9 @@ function jump(path: string): void {
 
 async function usePreset(name: string): Promise<void> {
   const next = name ? (await getJson<{ spec: PlainObject }>(`/presets/${encodeURIComponent(name)}`)).spec : initial;
+  if (preset.value !== name) return; // another one was chosen meanwhile
   compareWith(name ? null : pageData<Compared | null>("compared-data"));
-  const before = { spec, preset: taken.preset, changed: spec !== taken.spec };
+  const before = { spec, unreadable: readable ? null : yaml.value, preset: taken.preset, changed: spec !== taken.spec || !readable };
   takeWhole(next);
   sayTaken(before);
 }
@@ -105,12 +106,15 @@ function takeWhole(next: PlainObject): void {
 }
 
 /** Says that every field is the preset's now, and offers what the reader had changed in the one before. */
-function sayTaken(before: { spec: PlainObject; preset: string; changed: boolean }): void {
+function sayTaken(before: { spec: PlainObject; unreadable: string | null; preset: string; changed: boolean }): void {
   const said = byId("preset-said");
   const back = el("button", { type: "button", className: "plain small" }, "Take them back");
   back.addEventListener("click", () => {
     taken.preset = preset.value = before.preset;
     setSpec(before.spec, "both");
+    if (before.unreadable === null) return;
+    yaml.value = before.unreadable;
+    readYaml();
   });
   const title = preset.selectedOptions[0]?.text.trim() ?? "";
   said.replaceChildren(`Every field is as in ${title} now${before.changed ? "; your changes are gone. " : "."}`, ...(before.changed ? [back] : []));
@@ -155,7 +159,13 @@ form.addEventListener("submit", (event) => {
   void submit();
 });
 yaml.addEventListener("input", debounced(250, readYaml));
-preset.addEventListener("change", () => void usePreset(preset.value).catch(tellError));
+preset.addEventListener("change", () => {
+  const name = preset.value;
+  usePreset(name).catch((error) => {
+    if (preset.value === name) preset.value = taken.preset;
+    tellError(error);
+  });
+});
 initProblems(form);
 initConfigImport(takeWhole);
 initBaseline(() => spec, (dense, compared) => {

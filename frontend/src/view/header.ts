@@ -4,11 +4,13 @@ import type { RunStore } from "../data/store";
 import { TERMINAL, type Run } from "../data/types";
 import { all, byId, setText } from "./dom";
 import { perFrame } from "./frame";
+import { initWaiting } from "./waiting";
 
 const MARKS: Record<string, string> = { succeeded: "✓", failed: "✕", cancelled: "⊘", paused: "⏸" };
 
 export function initHeader(store: RunStore, waitsFor: string): void {
-  const draw = perFrame(() => drawHeader(store, waitsFor));
+  const draw = perFrame(() => drawHeader(store, waiting()));
+  const waiting = initWaiting(store, waitsFor, draw);
   store.on(["run", "steps", "cursor", "events"], draw);
   setInterval(draw, 1000);
   draw();
@@ -42,9 +44,11 @@ function reasonText(run: Run): string {
 
 /** What goes on where no step has been told yet. */
 function beforeSteps({ run, every }: RunStore, step: number, waitsFor: string): string {
-  if (run.state === "queued") return waitsFor || "Waiting for a worker with free devices.";
+  if (run.state === "queued") return waitsFor;
   if (run.state === "starting") return "A worker has the run: its trainer reads the data and builds the model.";
-  return run.state === "running" && !step ? `Training has begun; the first figures come with step ${whole(Math.min(every ?? 1, run.steps || 1))}.` : "";
+  if (run.state !== "running" || step) return "";
+  // Nobody knows which steps another trainer tells.
+  return every === null ? "Training has begun." : `Training has begun; the first figures come with step ${whole(Math.min(every, run.steps || 1))}.`;
 }
 
 function progressText(run: Run, step: number, progress: number): string {
@@ -60,7 +64,7 @@ function tookSeconds(run: Run): number {
 }
 
 /** The model's TFLOP/s, and what share of the devices' peak that is where it is known. */
-function speedText({ run, series, step }: RunStore, value: number | null | undefined): string {
+function speedText({ run, seriesAtStep: series, step }: RunStore, value: number | null | undefined): string {
   const row = series.rowAt(step);
   const share = (row >= 0 ? series.view("mfu")?.mean[row] : undefined) ?? run.summary?.mfu;
   return share === undefined || share === null ? compact(value) : `${compact(value)} · ${percent(share, 0)}`;
@@ -68,7 +72,7 @@ function speedText({ run, series, step }: RunStore, value: number | null | undef
 
 /** A figure of the strip: a metric at the chosen step, or a fact of the run. */
 function statText(store: RunStore, name: string): string {
-  const { run, series } = store;
+  const { run, seriesAtStep: series } = store;
   if (name === "val_loss") return metric(run.best_val_loss);
   if (name === "spikes") return String(store.events.filter((event) => event.kind === "spike_detected").length || run.spikes || 0);
   const row = series.length ? Math.max(series.rowAt(store.step), 0) : -1; // before the first that was told: that one

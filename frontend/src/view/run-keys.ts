@@ -1,18 +1,15 @@
 /** The run page's keys: through the told steps, live, the heatmap's other view, all steps. */
 import { whole } from "../data/format";
 import type { RunStore } from "../data/store";
+import { toldBeside } from "../data/told";
 import { byId } from "./dom";
 import { initKeys } from "./keys";
 
 export function initRunKeys(store: RunStore): void {
   const onlyLive = (act: () => string) => () => (byId("panel-live").hidden ? undefined : act());
-  const by = (rows: number) =>
+  const by = (steps: 1 | -1) =>
     onlyLive(() => {
-      const { series, step } = store;
-      const row = series.rowAt(step);
-      // Between two told steps the one before is a step back already.
-      const to = rows < 0 && row >= 0 && series.step[row] < step ? row : row + rows;
-      if (series.length) store.setStep(series.step[Math.min(Math.max(to, 0), series.length - 1)]);
+      if (store.lastStep) store.setStep(toldBeside(store, steps));
       return `step ${whole(store.step)}`;
     });
   const turn = () => {
