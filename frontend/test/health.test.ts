@@ -39,6 +39,12 @@ test("a layer has collapsed where it works as if it had fewer than half of the e
   expect(healthOf([row(1, [[7, 7, 7, 7, 7, 7, 7]])], [0], 7)?.kind, "whatever the entropy's rounding").toBe("good");
 });
 
+test("an even router has not collapsed for having had few tokens", () => {
+  const few = (tokens: number) => Array.from({ length: 128 }, (_, e) => [2, 1, 0, 0, 1, 0, 0, 0][(e * 5) % 8] * tokens); // 64 of 128 experts' tokens, as chance has it
+  expect(healthOf([row(1, [few(1)])], [0], 1)?.text).not.toMatch(/collapsed|works as if/);
+  expect(healthOf([row(1, [few(1), few(40)])], [0, 1], 1)?.text, "another layer with many").toMatch(/^Routing has collapsed .*; layer 1 works as if/);
+});
+
 test("one expert that most tokens have beside others is busy, and no collapse", () => {
   const shared = [row(1, [[680, 190, 190, 190, 190, 190, 190, 180]])]; // of 1,000 tokens, two for each: 6.9 experts in effect
   expect(healthOf(shared, [0], 2)).toMatchObject({ kind: "warn", text: expect.stringMatching(/^Routing is uneven .* takes 2\.72 × /) });

@@ -1,10 +1,12 @@
 import { expect, test } from "vitest";
 import { deadCount, fairRatios, maxVio } from "../src/data/fair";
 import { LayerHistory, binRatios } from "../src/data/layer";
+import { firstSteps } from "../src/data/series";
 import { Snapshots, chunkSteps, snapshotsOf } from "../src/data/snapshot";
 import { decodeSteps, type Steps } from "../src/data/steps";
 import { RunStore } from "../src/data/store";
 import type { Run } from "../src/data/types";
+import { flow } from "../src/view/compose";
 import { DEAD, NONE, REACH, SIZE, indexOf, lut } from "../src/view/colour";
 import { layerRows, readCell, whyNoCounts } from "../src/view/reading";
 import { fixture, rows } from "./blocks";
@@ -32,6 +34,19 @@ test("coarse rows and live rows of a layer add up", () => {
   history.apply(rows([64, 65], [0, 0], { tokens: [[0, 1], [5, 5]] }));
   expect(history.length).toBe(2);
   expect([...history.tokens.subarray(0, 4)]).toEqual([63, 1, 5, 5]);
+});
+
+test("a row of several steps says from which to which", () => {
+  const history = new LayerHistory(0, 1, 64);
+  history.apply(rows([64, 128, 150, 192], [0, 0, 0, 0], { level: 64, n: [64, 64, 1, 1], tokens: [[1], [1], [1], [1]] }));
+  expect([...firstSteps(history)!]).toEqual([1, 65, 150, 192]);
+  expect(firstSteps(new LayerHistory(0, 1))).toBeNull();
+  const { firsts, steps } = binRatios(history, 1, 192, 2);
+  expect([[...firsts], [...steps]]).toEqual([[1, 150], [128, 192]]);
+});
+
+test("a key that is too long for one row goes on in the next", () => {
+  expect(flow([50, 50, 100, 200, 10], 120)).toEqual([{ x: 0, row: 0 }, { x: 68, row: 0 }, { x: 0, row: 1 }, { x: 0, row: 2 }, { x: 0, row: 3 }]);
 });
 
 test("bins sum their rows and never exceed the columns there are", () => {

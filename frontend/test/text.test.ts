@@ -1,4 +1,5 @@
 import { expect, test } from "vitest";
+import { ApiError } from "../src/data/api";
 import { age, bytes, compact, duration, metric, percent } from "../src/data/format";
 import { getPath, pathOf, setPath, type PlainObject } from "../src/data/paths";
 import { ema } from "../src/data/smooth";
@@ -23,4 +24,10 @@ test("paths and pointers into a spec", () => {
 
 test("smoothing starts at the first value and passes over unknown ones", () => {
   expect([...ema(Float64Array.from([4, 4, NaN, 4]), 0.9)].map((v) => Number(v.toFixed(9)))).toEqual([4, 4, 4, 4]);
+});
+
+test("a problem whose detail is its title says it once", () => {
+  expect(new ApiError({ title: "Not found", status: 404, detail: "Not found" }).message).toBe("Not found");
+  expect(new ApiError({ title: "Not found", status: 404, detail: "no run 7" }).message).toBe("Not found: no run 7");
+  expect(new ApiError({ title: "Not found", status: 404 }).message).toBe("Not found");
 });

@@ -11,7 +11,10 @@ export const WINDOW = 20;
 const UNEVEN = { ratio: 2, way: 1 / 3 };
 /** It has collapsed where it works as if it had fewer experts than half way from the k of each token to all: a busy one among others is no collapse. */
 const COLLAPSED = 0.5;
-/** An expert that would have had fewer tokens than this at an even load is not called dead for having none. */
+/**
+ * Experts that would have had fewer tokens than this each at an even load are not called dead for having none, nor their layer collapsed: of E experts
+ * the entropy of N assignments comes out about (E - 1) / 2N too low (Miller 1955).
+ */
 const EXPECTED = 20;
 const DROPPED = 0.05;
 
@@ -26,7 +29,7 @@ interface Layer {
   busiest: number;
   /** The busiest expert's load over the mean. */
   ratio: number;
-  /** Experts that it works as if it had: exp of the loads' entropy. All where the loads are equal, k where every token goes to the same k. */
+  /** Experts that it works as if it had: exp of the loads' entropy. All where the loads are equal, k where every token goes to the same k; NaN of too few tokens. */
   effective: number;
   dead: number;
 }
@@ -66,8 +69,9 @@ function layerOf(rows: Snapshot[], row: number, experts: number): Layer {
   const all = sums.reduce((sum, value) => sum + value, 0);
   const [mean, max] = [all / experts, Math.max(...sums)];
   const entropy = sums.reduce((sum, value) => (value ? sum - (value / all) * Math.log(value / all) : sum), 0);
-  const dead = mean >= EXPECTED ? sums.filter((value) => value === 0).length : 0;
-  return { row, busiest: sums.indexOf(max), ratio: mean ? max / mean : NaN, effective: mean ? Math.exp(entropy) : NaN, dead };
+  const enough = mean >= EXPECTED;
+  const dead = enough ? sums.filter((value) => value === 0).length : 0;
+  return { row, busiest: sums.indexOf(max), ratio: mean ? max / mean : NaN, effective: enough ? Math.exp(entropy) : NaN, dead };
 }
 
 function droppedShare(rows: Snapshot[]): number {

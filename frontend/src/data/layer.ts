@@ -1,5 +1,5 @@
 /** One layer's expert counts over time, [row, expert], at one level of detail; live rows are folded in as in `Series`. */
-import { bucketOf } from "./series";
+import { bucketOf, firstSteps } from "./series";
 import type { Steps } from "./steps";
 
 export class LayerHistory {
@@ -84,8 +84,17 @@ export class LayerHistory {
   }
 }
 
-/** Sums of `history`'s rows within `from` … `to` in at most `columns` bins, as × fair share: [expert, bin], NaN where empty. */
-export function binRatios(history: LayerHistory, from: number, to: number, columns: number): { ratios: Float32Array; columns: number; steps: Float64Array } {
+export interface Bins {
+  /** × fair share: [expert, bin], NaN where empty. */
+  ratios: Float32Array;
+  columns: number;
+  /** The first and the last step of each bin. */
+  firsts: Float64Array;
+  steps: Float64Array;
+}
+
+/** Sums of `history`'s rows within `from` … `to` in at most `columns` bins. */
+export function binRatios(history: LayerHistory, from: number, to: number, columns: number): Bins {
   let first = 0;
   while (first < history.length && history.step[first] < from) first++;
   let end = history.length;
@@ -94,7 +103,8 @@ export function binRatios(history: LayerHistory, from: number, to: number, colum
   const bins = Math.max(Math.min(rows, columns), 0);
   const { experts, tokens } = history;
   const ratios = new Float32Array(experts * bins);
-  const steps = new Float64Array(bins);
+  const [firsts, steps] = [new Float64Array(bins), new Float64Array(bins)];
+  const starts = firstSteps(history) ?? history.step;
   const sums = new Float64Array(experts);
   for (let bin = 0; bin < bins; bin++) {
     const start = first + Math.floor((bin * rows) / bins);
@@ -104,7 +114,8 @@ export function binRatios(history: LayerHistory, from: number, to: number, colum
     let total = 0;
     for (let e = 0; e < experts; e++) total += sums[e];
     for (let e = 0; e < experts; e++) ratios[e * bins + bin] = total ? (sums[e] * experts) / total : NaN;
+    firsts[bin] = starts[start];
     steps[bin] = history.step[stop - 1];
   }
-  return { ratios, columns: bins, steps };
+  return { ratios, columns: bins, firsts, steps };
 }

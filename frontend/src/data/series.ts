@@ -10,6 +10,12 @@ export interface Column {
 /** The bucket of `step` at `level`, as in the store: bucket b holds steps b*level+1 … (b+1)*level. */
 export const bucketOf = (step: number, level: number): number => Math.floor((step - 1) / level);
 
+/** The first step that each row stands for; null where each stands for one. `n`: steps in it. */
+export function firstSteps({ level, length, step, n }: { level: number; length: number; step: Float64Array; n: Float64Array }): Float64Array | null {
+  if (level === 1) return null;
+  return step.slice(0, length).map((last, row) => (n[row] > 1 ? bucketOf(last, level) * level + 1 : last));
+}
+
 /** Index of the last of the first `length` of ascending `steps` that is at most `step`, or -1. */
 export function lastUpTo(steps: Float64Array, length: number, step: number): number {
   let low = 0;

@@ -38,7 +38,7 @@ form.addEventListener("submit", (event) => {
 document.addEventListener("click", (event) => {
   const button = (event.target as Element).closest<HTMLButtonElement>("[data-revoke]");
   if (!button) return;
-  if (!isSure(button, "Really revoke?")) return; // what used the token stops at once
+  if (!isSure(button, "Really revoke?", event)) return; // what used the token stops at once
   change("DELETE", `/tokens/${button.dataset.revoke}`).then(() => {
     toast("Revoked");
     return refresh();

@@ -8,9 +8,8 @@ const refresh = (): Promise<void> => htmx.ajax("get", location.pathname, { targe
 
 document.addEventListener("click", (event) => {
   const button = (event.target as Element).closest<HTMLButtonElement>("[data-release]");
-  if (!button || !isSure(button, "Really release?")) return;
+  if (!button || !isSure(button, "Really release?", event)) return;
   change("POST", `/workers/${button.dataset.release}/release`).then(() => {
-    delete button.dataset.sure;
     toast("Released: whoever says this name next holds it");
     return refresh();
   }, tellError);

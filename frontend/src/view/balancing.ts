@@ -1,6 +1,7 @@
 /** Balancing: each term of the chosen layer over time, and for every layer what the terms, the router and the capacity say at the chosen step. */
 import { metric, percent, whole } from "../data/format";
 import type { Numbers } from "../data/block";
+import { firstSteps } from "../data/series";
 import type { Snapshot } from "../data/snapshot";
 import type { RunStore } from "../data/store";
 import { byId, el, setText } from "./dom";
@@ -28,7 +29,7 @@ function drawingOf(store: RunStore): Drawing | null {
   const series = store.terms;
   if (!series?.length) return null;
   const columns = [...series.columns.keys()].map((name, i) => ({ line: { label: name, colour: `--line-${(i % 6) + 1}` }, view: series.view(name)! }));
-  return { x: series.step.subarray(0, series.length), lines: columns.map(({ line }) => line), values: columns.map(({ view }) => view.mean), band: null };
+  return { x: series.step.subarray(0, series.length), first: firstSteps(series), lines: columns.map(({ line }) => line), values: columns.map(({ view }) => view.mean), band: null };
 }
 
 function tableOf(store: RunStore, row: Snapshot): HTMLElement[] {

@@ -20,6 +20,9 @@ export interface Shown {
 const PAD = 16;
 const HEAD = 46;
 const LINE = 20;
+/** Between a key's mark and its label, and between keys. */
+const GAP = 6;
+const BETWEEN = 18;
 const SCALE = { width: 140, height: 9 };
 
 /** `scale` is the canvas of the colour scale. Sizes are in CSS pixels, drawn as finely as the page's canvas is. */
@@ -30,24 +33,39 @@ export function compose(shown: Shown, style: CSSStyleDeclaration, scale: HTMLCan
   const foot = PAD + HEAD + tall + (xTitle ? LINE : 0);
   const page = document.createElement("canvas");
   const fine = canvas.width / inner;
-  page.width = Math.round((left + inner + PAD) * fine);
-  page.height = Math.round((foot + (keys.length ? LINE + 4 : 0) + PAD) * fine);
   const context = page.getContext("2d")!;
+  const font = (context.font = `11px ${style.fontFamily}`);
+  const named = keys.map((key) => ({ ...key, label: cut(context, key.label, inner - markWidth(key) - GAP) }));
+  const places = flow(named.map((key) => markWidth(key) + GAP + context.measureText(key.label).width), inner);
+  page.width = Math.round((left + inner + PAD) * fine);
+  page.height = Math.round((foot + (keys.length ? (places.at(-1)!.row + 1) * LINE + 4 : 0) + PAD) * fine);
   context.scale(fine, fine);
   context.fillStyle = style.getPropertyValue("--surface");
   context.fillRect(0, 0, page.width, page.height);
   head(context, shown, style, left + inner - PAD);
   context.drawImage(canvas, left, PAD + HEAD, inner, tall);
   context.fillStyle = style.getPropertyValue("--ink-soft");
-  context.font = `11px ${style.fontFamily}`;
+  context.font = font;
   context.textAlign = "center";
   if (xTitle) context.fillText(xTitle, left + inner / 2, PAD + HEAD + tall + 12);
   if (yTitle) upwards(context, yTitle, PAD + 6, PAD + HEAD + tall / 2);
   context.textAlign = "left";
-  let x = left;
-  for (const key of keys) x += drawKey(context, key, style, scale, x, foot + 12) + 18;
+  named.forEach((key, i) => drawKey(context, key, style, scale, left + places[i].x, foot + 12 + places[i].row * LINE));
   return page;
 }
+
+/** Where things of these widths stand one after another, in rows no wider than `width`. */
+export function flow(widths: number[], width: number): { x: number; row: number }[] {
+  let [x, row] = [0, 0];
+  return widths.map((own) => {
+    if (x && x + own > width) [x, row] = [0, row + 1];
+    const place = { x, row };
+    x += own + BETWEEN;
+    return place;
+  });
+}
+
+const markWidth = ({ shape }: Key): number => (shape === "scale" ? SCALE.width : 12);
 
 function head(context: CanvasRenderingContext2D, { title, about }: Shown, style: CSSStyleDeclaration, width: number): void {
   context.textBaseline = "middle";
@@ -67,9 +85,10 @@ function upwards(context: CanvasRenderingContext2D, text: string, x: number, y: 
   context.restore();
 }
 
-/** Draws the key at (x, y), the middle of its left edge, and gives its width. */
-function drawKey(context: CanvasRenderingContext2D, { label, colour, shape }: Key, style: CSSStyleDeclaration, scale: HTMLCanvasElement | null, x: number, y: number): number {
-  const wide = shape === "scale" ? SCALE.width : 12;
+/** Draws the key at (x, y), the middle of its left edge. */
+function drawKey(context: CanvasRenderingContext2D, key: Key, style: CSSStyleDeclaration, scale: HTMLCanvasElement | null, x: number, y: number): void {
+  const { label, colour, shape } = key;
+  const wide = markWidth(key);
   context.fillStyle = context.strokeStyle = style.getPropertyValue(colour);
   context.beginPath();
   if (shape === "scale" && scale) context.drawImage(scale, x, y - SCALE.height / 2, SCALE.width, SCALE.height);
@@ -79,8 +98,7 @@ function drawKey(context: CanvasRenderingContext2D, { label, colour, shape }: Ke
   else if (shape === "cross") context.fillText("×", x + 3, y);
   context.fill();
   context.fillStyle = style.getPropertyValue("--ink-soft");
-  context.fillText(label, x + wide + 6, y);
-  return wide + 6 + context.measureText(label).width;
+  context.fillText(label, x + wide + GAP, y);
 }
 
 /** As much of `text` as fits. */

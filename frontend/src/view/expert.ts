@@ -1,4 +1,5 @@
 /** The chosen expert's history: its load over the steps, as a multiple of its fair share. */
+import { firstSteps } from "../data/series";
 import type { RunStore } from "../data/store";
 import { byId, setText } from "./dom";
 import { LineChart } from "./lines";
@@ -30,7 +31,7 @@ export function initExpert(store: RunStore): void {
         { label: "fair share", colour: "--ink-soft", faint: true, width: 1 },
         { label: `expert ${store.expert}`, colour: "--line-1" },
       ];
-      return { x, lines, values: [fair, history.ratios(store.expert)], band: null };
+      return { x, first: firstSteps(history), lines, values: [fair, history.ratios(store.expert)], band: null };
     },
   });
   const show = () => {

@@ -22,6 +22,8 @@ export interface Line {
 /** Columns to draw: x, then for each line its values, then for a line with a band its least and greatest. */
 export interface Drawing {
   x: Float64Array;
+  /** The first step that each row stands for, `x` being the last; null where each stands for one. */
+  first: Float64Array | null;
   lines: Line[];
   values: Float64Array[];
   band: { min: Float64Array; max: Float64Array } | null;
@@ -205,28 +207,32 @@ export class LineChart {
     this.box.setAttribute("aria-label", `${this.options.title}, steps ${whole(x[first] ?? 0)} to ${whole(x[last] ?? 0)}: ${text}`);
   }
 
-  /** Every row of the shown steps, with the least and greatest where a row stands for several steps. */
+  /** Every row of the shown steps; where a row stands for several, with its first and last step, the least and the greatest. */
   private savable(): Savable | null {
     const { drawing, plot, options } = this;
     if (!drawing || !plot || this.figure.classList.contains("is-empty")) return null;
-    const { x, lines, values, band } = drawing;
-    const [first, last] = rowsIn(x, this.store.shown);
-    const columns = [x, ...values, ...(band ? [band.min, band.max] : [])];
-    const head = ["step", ...lines.map(({ label, faint, width }) => (width === 2 && !faint ? `${label}, smoothed` : label)), ...(band ? ["least", "greatest"] : [])];
+    const { x, first: firsts, lines, values, band } = drawing;
+    const { from, to } = this.store.shown;
+    const [first, last] = rowsIn(x, { from, to });
+    const columns = [...(firsts ? [firsts, x] : [x]), ...values, ...(band ? [band.min, band.max] : [])];
+    const head = [...(firsts ? ["first_step", "last_step"] : ["step"]), ...lines.map(({ label, faint, width }) => (width === 2 && !faint ? `${label}, smoothed` : label)), ...(band ? ["least", "greatest"] : [])];
     const rows = Array.from({ length: last - first + 1 }, (_, i) => columns.map((column) => column[first + i]));
-    const keys = [...(lines.length > 1 ? lines.map(({ label, colour }): Key => ({ label, colour, shape: "line" })) : []), ...(options.marks ?? [])];
-    return { steps: [x[first], x[last]], picture: { canvas: plot.ctx.canvas, xTitle: "step", yTitle: options.yTitle ?? options.title, keys }, table: { head, rows } };
+    // A faint line stands behind the one that the picture is of.
+    const named = lines.filter(({ faint }) => !faint);
+    const keys = [...(named.length > 1 ? named.map(({ label, colour }): Key => ({ label, colour, shape: "line" })) : []), ...(options.marks ?? [])];
+    return { steps: [from, to], picture: { canvas: plot.ctx.canvas, xTitle: "step", yTitle: options.yTitle ?? options.title, keys }, table: { head, rows } };
   }
 
   private table(): { head: string[]; rows: string[][] } {
     const drawing = this.drawing ?? this.options.drawing();
     if (!drawing) return { head: ["step"], rows: [] };
-    const [first, last] = rowsIn(drawing.x, this.store.shown);
+    const { x, first: firsts } = drawing;
+    const [first, last] = rowsIn(x, this.store.shown);
     const rows = Array.from({ length: last - first + 1 }, (_, i) => first + i);
     const shown = rows.filter((_, i) => i % Math.ceil(rows.length / 100) === 0 || i === rows.length - 1);
     return {
       head: ["step", ...drawing.lines.map((line) => line.label)],
-      rows: shown.map((i) => [whole(drawing.x[i]), ...drawing.values.map((column) => metric(column[i]))]),
+      rows: shown.map((i) => [firsts && firsts[i] < x[i] ? `${whole(firsts[i])}–${whole(x[i])}` : whole(x[i]), ...drawing.values.map((column) => metric(column[i]))]),
     };
   }
 }

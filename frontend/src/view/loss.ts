@@ -3,6 +3,7 @@ import type uPlot from "uplot";
 import { metric } from "../data/format";
 import { ema } from "../data/smooth";
 import { spikesOf, valPoints } from "../data/marks";
+import { firstSteps } from "../data/series";
 import type { RunStore } from "../data/store";
 import { byId, readStored, store as keep } from "./dom";
 import { LineChart, type Drawing } from "./lines";
@@ -46,8 +47,9 @@ function lossDrawing(store: RunStore, weight: number): Drawing | null {
   const x = series.step.subarray(0, series.length);
   const line = { label: name === "lm_loss" ? "Cross-entropy" : "Loss", colour: "--line-1" };
   const band = series.level > 1 ? { min: column.min, max: column.max } : null;
-  if (!weight) return { x, lines: [line], values: [column.mean], band };
-  return { x, lines: [{ ...line, faint: true }, { ...line, width: 2 }], values: [column.mean, ema(column.mean, weight)], band };
+  const first = firstSteps(series);
+  if (!weight) return { x, first, lines: [line], values: [column.mean], band };
+  return { x, first, lines: [{ ...line, faint: true }, { ...line, width: 2 }], values: [column.mean, ema(column.mean, weight)], band };
 }
 
 function drawMarks(plot: uPlot, store: RunStore, style: CSSStyleDeclaration): void {

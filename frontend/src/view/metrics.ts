@@ -1,5 +1,6 @@
 /** The small charts: one for each metric that the run declares, the router's first. Those off the screen are not drawn. */
 import { compact, metric, percent } from "../data/format";
+import { firstSteps } from "../data/series";
 import type { RunStore } from "../data/store";
 import { byId, el } from "./dom";
 import { LineChart, type Drawing } from "./lines";
@@ -106,5 +107,5 @@ function drawingOf(store: RunStore, names: string[]): Drawing | null {
   });
   if (!columns.length || !series.length) return null;
   const band = columns.length === 1 && series.level > 1 ? { min: columns[0].view.min, max: columns[0].view.max } : null;
-  return { x: series.step.subarray(0, series.length), lines: columns.map(({ line }) => line), values: columns.map(({ view }) => view.mean), band };
+  return { x: series.step.subarray(0, series.length), first: firstSteps(series), lines: columns.map(({ line }) => line), values: columns.map(({ view }) => view.mean), band };
 }

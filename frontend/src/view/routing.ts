@@ -2,6 +2,7 @@
 import { binRatios } from "../data/layer";
 import { fairRatios } from "../data/fair";
 import { untold } from "../data/told";
+import type { Snapshot } from "../data/snapshot";
 import type { RunStore } from "../data/store";
 import { initBehind } from "./behind";
 import { onThemeChange } from "./colour";
@@ -20,8 +21,11 @@ export class Routing {
   readonly heatmap: Heatmap;
   /** What stands in the picture's place until there is one. */
   private readonly hint: string;
-  /** The step under each column of the experts × steps view. */
+  /** The first and the last step under each column of the experts × steps view. */
+  private firsts: Float64Array = new Float64Array(0);
   private steps: Float64Array = new Float64Array(0);
+  /** What the layers × experts view is drawn of. */
+  private row: Snapshot | undefined;
   private readonly out = byId("routing-readout");
   private readonly howTo = this.out.dataset.hint ?? "";
   private readonly redraw: () => void;
@@ -80,6 +84,7 @@ export class Routing {
     const tokens = row?.tensors.expert_tokens;
     // Until the rows of another step are here, those of the last one stay.
     if (!row || !tokens) return this.heatmap.picture?.rowTitle === "layer" ? this.heatmap.picture : null;
+    this.row = row;
     return {
       rows: row.layers,
       columns: row.experts,
@@ -105,8 +110,8 @@ export class Routing {
     }
     const { from, to } = store.shown;
     const width = Math.max(this.heatmap.canvas.parentElement!.clientWidth - 48, 50);
-    const { ratios, columns, steps } = binRatios(history, from, to, width);
-    this.steps = steps;
+    const { ratios, columns, firsts, steps } = binRatios(history, from, to, width);
+    [this.firsts, this.steps] = [firsts, steps];
     if (!columns) {
       this.heatmap.canvas.parentElement!.dataset.empty = untold(store.whole, store.shown, store.every) || "Nothing was told of these steps.";
       return null;
@@ -132,21 +137,23 @@ export class Routing {
   private savable(): Savable | null {
     const { picture, canvas } = this.heatmap;
     if (!picture || byId("routing").classList.contains("is-empty")) return null;
-    const row = countsRow(this.store);
-    const tokens = row?.tensors.expert_tokens;
-    const byLayer = this.view === "layers";
-    const head = byLayer ? ["step", "layer", "expert", "times_fair_share", "tokens"] : ["step", "layer", "expert", "times_fair_share"];
+    const { row, firsts, steps } = this;
+    const byLayer = picture.rowTitle === "layer";
+    const several = !byLayer && firsts.some((first, i) => first < steps[i]);
+    const head = [...(several ? ["first_step", "last_step"] : ["step"]), "layer", "expert", "times_fair_share", ...(byLayer ? ["tokens"] : [])];
     const layer = this.store.run.moe_layers[this.store.layer] ?? this.store.layer;
     const rows = Array.from(picture.ratios, (ratio, i) => {
       const [r, c] = [Math.floor(i / picture.columns), i % picture.columns];
-      return byLayer ? [row!.step, picture.rowLabel(r), c, ratio, tokens ? tokens[i] : null] : [this.steps[c], layer, r, ratio];
+      if (byLayer) return [row!.step, picture.rowLabel(r), c, ratio, row!.tensors.expert_tokens![i]];
+      return [...(several ? [firsts[c]] : []), steps[c], layer, r, ratio];
     });
     const keys: Key[] = [
       { label: "¼× to 4× of the fair share", colour: "--ink", shape: "scale" },
       { label: "no token", colour: "--ink", shape: "cross" },
     ];
     const title = byLayer ? "Routing, layers × experts" : `Routing of layer ${layer}, experts × steps`;
-    return { title, steps: byLayer ? [row!.step, row!.step] : [this.steps[0], this.steps.at(-1)!], picture: { canvas, keys }, table: { head, rows } };
+    const { from, to } = this.store.shown;
+    return { title, steps: byLayer ? [row!.step, row!.step] : [from, to], picture: { canvas, keys }, table: { head, rows } };
   }
 
   /** Experts before which another rank's share begins. */
@@ -157,7 +164,7 @@ export class Routing {
 
   private reading(cell: Cell): Reading {
     const { store } = this;
-    if (this.view === "layers") return { layer: cell.row, expert: cell.column, step: countsRow(store)?.step ?? store.step };
+    if (this.view === "layers") return { layer: cell.row, expert: cell.column, step: this.row?.step ?? store.step };
     return { layer: store.layer, expert: cell.row, step: this.steps[cell.column] ?? store.step };
   }
 
@@ -183,7 +190,7 @@ export class Routing {
       if (ratio > 2) over++;
       if (ratio === 0) dead++;
     }
-    const what = this.view === "layers" ? `layers by experts at step ${countsRow(this.store)?.step}` : `experts by steps of layer ${this.store.run.moe_layers[this.store.layer]}`;
+    const what = this.view === "layers" ? `layers by experts at step ${this.row?.step}` : `experts by steps of layer ${this.store.run.moe_layers[this.store.layer]}`;
     this.heatmap.canvas.setAttribute("aria-label", `Routing heatmap, ${what}: ${picture.rows} rows, ${picture.columns} columns, ${over} cells above twice the fair share, ${dead} without tokens. Arrow keys read cells, Enter chooses the expert.`);
   }
 }

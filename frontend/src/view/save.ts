@@ -23,7 +23,7 @@ export function initSave(figure: HTMLElement, store: RunStore, what: () => Savab
   title.id ||= `${id}-title`;
   const buttons = formats.map((format) => {
     const button = el("button", { type: "button", id: `${id}-${format}`, "aria-labelledby": `${id}-${format} ${title.id}` }, format, el("span", { className: "sr-only" }, " of "));
-    button.addEventListener("click", () => void save(format, figure, title.textContent ?? "", store, what()).catch(tellError));
+    button.addEventListener("click", () => void save(format, figure, title.textContent ?? "", store, what).catch(tellError));
     return button;
   });
   const foot = el("div", { className: "figure-foot" }, el("span", { className: "save" }, ...buttons));
@@ -32,7 +32,8 @@ export function initSave(figure: HTMLElement, store: RunStore, what: () => Savab
   if (details) foot.prepend(details);
 }
 
-async function save(format: "PNG" | "CSV", figure: HTMLElement, heading: string, store: RunStore, what: Savable | null): Promise<void> {
+async function save(format: "PNG" | "CSV", figure: HTMLElement, heading: string, store: RunStore, savable: () => Savable | null): Promise<void> {
+  const what = savable();
   if (!what) return toast("There is nothing to save here yet.");
   const title = what.title ?? heading;
   const blob = format === "CSV" ? new Blob([csvOf(what.table)], { type: "text/csv" }) : await png(figure, title, store, what);
