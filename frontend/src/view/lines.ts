@@ -217,8 +217,8 @@ export class LineChart {
     const columns = [...(firsts ? [firsts, x] : [x]), ...values, ...(band ? [band.min, band.max] : [])];
     const head = [...(firsts ? ["first_step", "last_step"] : ["step"]), ...lines.map(({ label, faint, width }) => (width === 2 && !faint ? `${label}, smoothed` : label)), ...(band ? ["least", "greatest"] : [])];
     const rows = Array.from({ length: last - first + 1 }, (_, i) => columns.map((column) => column[first + i]));
-    // A faint line stands behind the one that the picture is of.
-    const named = lines.filter(({ faint }) => !faint);
+    // A line that stands faintly behind its smoothed self needs no name of its own.
+    const named = lines.filter(({ label, faint }) => !faint || lines.every((other) => other.faint || other.label !== label));
     const keys = [...(named.length > 1 ? named.map(({ label, colour }): Key => ({ label, colour, shape: "line" })) : []), ...(options.marks ?? [])];
     return { steps: [from, to], picture: { canvas: plot.ctx.canvas, xTitle: "step", yTitle: options.yTitle ?? options.title, keys }, table: { head, rows } };
   }
