@@ -97,6 +97,7 @@ def test_the_balancing_terms_are_shown_layer_by_layer_and_over_the_steps(live: L
     expect(table.locator("th")).to_have_text(["layer", "switch_aux", "router entropy", "dropped"])
     expect(table.locator("tbody tr")).to_have_count(4)
     expect(table.locator("tbody tr").first).to_have_text(re.compile(r"^0\d\.\d+\d\.\d+ nats(0|\d+ \(\d+\.\d %\))$"))
+    page.locator("#balancing .plot").scroll_into_view_if_needed()  # a chart that is far off the screen is not drawn
     expect(page.locator("#balancing .plot")).to_have_attribute("aria-label", re.compile("switch_aux"))
     table.get_by_role("button", name="2").click()
     expect(page.locator("#balancing h3")).to_have_text("Balancing of layer 2")
