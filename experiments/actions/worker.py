@@ -44,11 +44,15 @@ def _check_holder(worker: Worker, principal: Principal) -> None:
     held = worker.token
     if held is None or (held.user_id == principal.user.pk and principal.project_id in (None, held.project_id)):
         return
-    reach = f" for project {held.project.name}" if held.project else ""
-    theirs = f"a token of {held.user.get_username()}{reach or ' that is bound to no project'}"
+    holder = held.user.get_username()
+    whose, instead = holder, f"a token of {holder}"
+    if held.user_id == principal.user.pk:  # projects and tokens are not told to others
+        project = f" for project {held.project.name}" if held.project else ""
+        whose += f" (token {held.prefix}…{project})"
+        instead += project or " that is bound to no project"
     raise HeldByAnother(
-        f"the worker {worker.name} is held by {held.user.get_username()} (token {held.prefix}…{reach}). Give this one another name"
-        f" (MOELAB_WORKER_NAME), use {theirs}, or have an administrator release the name on the page Workers"
+        f"the worker {worker.name} is held by {whose}. Give this one another name (MOELAB_WORKER_NAME), use {instead},"
+        " or have an administrator release the name on the page Workers"
     )
 
 

@@ -7,7 +7,6 @@ from datetime import datetime
 from typing import Any
 
 from django.db.models import Count, F, Q
-from django.http import Http404
 from django.utils import timezone
 from drf_spectacular.utils import extend_schema
 from pydantic import BaseModel, Field
@@ -117,7 +116,7 @@ class Release(Endpoint):
         """Lets go of it: whoever says it next holds it. Stop the worker that says it now first, or revoke its token. Again is harmless."""
         self.body(EmptyBody)
         if worker_id >= 2**63 or not release(worker_id):
-            raise Http404
+            raise Problem("not-found", f"there is no worker {worker_id}")
         return Response(status=204)
 
 
