@@ -23,6 +23,8 @@ from workers.storage import manifests
 
 PATIENCE_S = float(os.environ.get("MOELAB_FETCH_PATIENCE_S", "60"))
 """How long a storage that is away is asked again before the attempt ends."""
+STANDSTILL_S = max(PATIENCE_S, 10.0)
+"""How long a fetch may write nothing; its libraries alone take seconds to load."""
 UNREACHABLE = "checkpoint_unreachable"
 _LOOK_S = 0.05
 
@@ -47,11 +49,11 @@ class Porter:
         self._claim, self._run_dir, self._url, self._say, self._tell, self._wanted = claim, run_dir, url, say, tell, wanted
 
     async def bring(self) -> None:
-        """What the run has of its own, else what it begins from. Raises NotBrought, or OSError where this disk is full or lacks it."""
+        """What the run has of its own, else what it begins from. Raises NotBrought, or OSError where another run's lies here and cannot be had."""
         claim, own = self._claim, self._run_dir / "checkpoints"
         stored = [held for held in claim.checkpoints if held.place] if self._url else []
         if stored:
-            await self._go_on(max(stored, key=lambda held: held.step))
+            await self._go_on(max(stored, key=lambda held: held.age))
         if claim.resume_from is not None and not manifests(own):
             await self._take_over(claim.resume_from)
         if claim.start is not None and claim.start.place and self._url and not manifests(own):
@@ -59,15 +61,21 @@ class Porter:
 
     async def _go_on(self, newest: Held) -> None:
         own = self._run_dir / "checkpoints"
-        here, known = manifests(own), {(held.step, held.sha256) for held in self._claim.checkpoints}
-        good = {step for step, sha256 in here.items() if (step, sha256) in known or _attempt_of(own, step) >= max(1, self._claim.trained)}
-        if max(good, default=-1) < newest.step:
+        here, known = manifests(own), {(held.step, held.sha256): held.age for held in self._claim.checkpoints}
+        good = {}
+        for step, sha256 in here.items():
+            age = known.get((step, sha256)) or (_attempt_of(own, step), step)
+            if (step, sha256) in known or age[0] >= max(1, self._claim.trained):
+                good[step] = age
+        best = max(good.values(), default=(0, -1))
+        if best < newest.age:
             assert newest.place is not None
             _put_aside(own, newest.step)
             await self._fetch(newest.place, newest.sha256, self._run_dir)
-            good.add(newest.step)
-        for step in here.keys() - good:
-            _put_aside(own, step)
+            best = newest.age
+        for step in here:
+            if step > best[1] or (step < best[1] and step not in good):
+                _put_aside(own, step)
 
     async def _take_over(self, start: Start) -> None:
         there = manifests(self._run_dir.parent / str(start.run) / "checkpoints").get(start.step)
@@ -88,26 +96,38 @@ class Porter:
         """Fetches, again and again while the storage is away. Of one that is not whole the server hears before anybody asks for it again."""
         began, wait_s = time.monotonic(), 1.0
         while True:
-            code, words = await self._once(Wanted(place=place, sha256=sha256, run_dir=into))
+            code, words = await self._once(Wanted(place=place, sha256=sha256, run_dir=into, set_aside=True))
             if code == THERE:
                 self._say(f"{place} was fetched from {self._url} in {time.monotonic() - began:.1f} s")
                 return
-            if code == DISK_FULL:
-                raise OSError(28, words)
             if code == NOT_WHOLE:
                 self._tell({"type": "damaged", "storage": self._url, "place": place, "detail": f"what was stored is damaged: {words}"})
-            if code != AWAY or time.monotonic() - began > PATIENCE_S or not self._wanted():
+            if code in (NOT_WHOLE, DISK_FULL) or time.monotonic() - began > PATIENCE_S or not await self._still_wanted(wait_s):
                 raise NotBrought(f"{place} could not be fetched from {self._url}: {words}")
-            await asyncio.sleep(wait_s)
             wait_s = min(2 * wait_s, 15.0)
 
+    async def _still_wanted(self, seconds: float) -> bool:
+        """True after that time; False as soon as nobody waits any more."""
+        until = time.monotonic() + seconds
+        while self._wanted() and time.monotonic() < until:
+            await asyncio.sleep(_LOOK_S)
+        return self._wanted()
+
     async def _once(self, wanted: Wanted) -> tuple[int, str]:
-        with Fetch(wanted) as fetching:
+        """The exit code and last line of a fetch; AWAY for one that is ended, because it stands still or nobody waits for it."""
+        fetching = Fetch(wanted)
+        try:
+            written, moved = 0, time.monotonic()
             while (code := fetching.process.poll()) is None:
-                if not self._wanted():
+                now, before, written = time.monotonic(), written, fetching.written
+                moved = now if written != before else moved
+                if now - moved > STANDSTILL_S:
+                    return AWAY, f"the storage hangs: nothing came for {now - moved:.0f} s, after {written} bytes"
+                if not await self._still_wanted(_LOOK_S):
                     return AWAY, "nobody waits for it any more"
-                await asyncio.sleep(_LOOK_S)
             return code, fetching.words
+        finally:
+            await asyncio.to_thread(fetching.close)  # the server wants to hear of us meanwhile
 
 
 def _attempt_of(checkpoints: Path, step: int) -> int:

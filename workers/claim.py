@@ -22,6 +22,11 @@ class Held(BaseModel):
     sha256: str
     place: Place | None = None
 
+    @property
+    def age(self) -> tuple[int, int]:
+        """What is greater is newer: a later attempt may go on from before what an earlier one has saved."""
+        return self.attempt, self.step
+
 
 class Start(BaseModel):
     """A checkpoint of another run that a run begins from. `sha256` and `place` are as in Held, where the server knows the checkpoint."""

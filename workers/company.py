@@ -28,15 +28,16 @@ class Company:
     def __init__(self, claim: Claim) -> None:
         self._claim = claim
         self._place = ""
-        self._lost: Verdict | None = None
+        self.lost: Verdict | None = None
+        """What another host's failure makes of the attempt, once node 0 has heard of one."""
         self._lost_first = False
 
     def hear(self, place: str, lost: Mapping[str, str] | None, *, all_well_here: bool) -> bool:
         """What the server says of the hosts; True if the attempt cannot go on. Ending it is node 0's alone."""
         self._place = place or self._place
-        if lost is None or self._lost is not None or self._claim.node:
+        if lost is None or self.lost is not None or self._claim.node:
             return False
-        self._lost, self._lost_first = Verdict("failed", lost["reason"], lost["detail"]), all_well_here
+        self.lost, self._lost_first = Verdict("failed", lost["reason"], lost["detail"]), all_well_here
         return True
 
     async def meet(self, shipper: Shipper, wanted: Callable[[], bool]) -> Meeting | None:
@@ -54,9 +55,9 @@ class Company:
         if self._claim.nodes == 1 or self._claim.node or verdict.outcome != "failed":
             return verdict
         deadline = time.monotonic() + OTHERS_S
-        while verdict.reason == PEER_LOST and self._lost is None and wanted() and time.monotonic() < deadline:
+        while verdict.reason == PEER_LOST and self.lost is None and wanted() and time.monotonic() < deadline:
             await asyncio.sleep(_LOOK_S)
-        return self._lost if self._lost is not None and (self._lost_first or verdict.reason == PEER_LOST) else verdict
+        return self.lost if self.lost is not None and (self._lost_first or verdict.reason == PEER_LOST) else verdict
 
     async def say_last_word(self, attempt_dir: Path, word: Mapping[str, Any]) -> None:
         """Says `word` of an attempt that is over, behind the rest of the log. Nobody waits for it, so there is little time."""

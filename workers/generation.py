@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -199,7 +200,7 @@ def _watched(client: Client, offer: Offer, process: subprocess.Popen[bytes]) -> 
         now = time.monotonic()
         if now > deadline:
             process.kill()
-            return process.wait()
+            return -signal.SIGKILL
         if now > beat:
             beat = now + offer.heartbeat_s
             try:

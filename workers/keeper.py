@@ -24,8 +24,8 @@ from workers.storage import TOKENIZER, Away, Interrupted, NotWhole, Storage, pub
 
 LAST_COPY_S = float(os.environ.get("MOELAB_LAST_COPY_TIMEOUT_S", "300"))
 """How long the end of an attempt waits for its last checkpoint."""
-IN_VAIN_S, CANCELLED_S = 20.0, 5.0
-"""The same where the storage has said no, and where somebody waits for the run to be gone."""
+IN_VAIN_S, HURRIED_S = 20.0, 5.0
+"""The same where the storage has said no, and where somebody waits for the run to be gone, or the host goes down."""
 _LOOK_S = 0.25
 _BACK_OFF_S = (2.0, 300.0)
 
@@ -45,12 +45,13 @@ class Keeper:
         tell: Callable[[Mapping[str, Any]], None],
         current: Callable[[], bool],
     ) -> None:
-        """`say` takes a line for the log, `tell` a message for the server; both are called in the event loop's thread. `current` says whether
-        the server has confirmed a moment ago that the attempt holds the run: only then is anything removed, for another may be fetching it.
+        """`say` takes a line for the log, `tell` a message for the server; both are called in the event loop's thread. `current` says,
+        in any thread, whether the server has confirmed a moment ago that the attempt holds the run: only then is anything removed, for
+        another may be fetching it.
         """
         self._claim, self._run_dir, self._url, self._say, self._tell, self._current = claim, run_dir, url, say, tell, current
         self._keep = int(claim.spec.get("training", {}).get("keep_checkpoints", 3))
-        self._held = sorted((held for held in claim.checkpoints if held.place), key=_age)
+        self._held = sorted((held for held in claim.checkpoints if held.place), key=lambda held: held.age)
         self._problem: tuple[int, str] | None = None
         self._said, self._swept = "", False
         self._finishing, self._closed, self._idle = threading.Event(), threading.Event(), threading.Event()
@@ -63,21 +64,23 @@ class Keeper:
         self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)  # a storage that hangs keeps no process alive
         self._thread.start()
 
-    async def finish(self, wanted: Callable[[], bool], *, cancelled: bool = False) -> None:
-        """Waits for the last copy, while it is `wanted` and not for ever."""
+    async def finish(self, wanted: Callable[[], bool], *, hurried: Callable[[], bool] = lambda: False) -> None:
+        """Waits for the last copy, while it is `wanted` and not for ever. Both are asked on each turn."""
         if self._thread is None:
             return
         self._finishing.set()
-        began, limit_s = time.monotonic(), min(LAST_COPY_S, CANCELLED_S if cancelled else LAST_COPY_S)
+        began, limit_s = time.monotonic(), LAST_COPY_S
         while not self._idle.is_set() and wanted() and time.monotonic() - began < limit_s:
             await asyncio.sleep(_LOOK_S / 5)
             if self._problem is not None:
                 limit_s = min(limit_s, IN_VAIN_S)
+            if hurried():
+                limit_s = min(limit_s, HURRIED_S)
         if not self._idle.is_set():
             self._closed.set()
             step = max(published(self._run_dir / "checkpoints"), default=0)
             why = f" ({self._problem[1]})" if self._problem else ""
-            self._trouble(step, f"its copy was not finished within {limit_s:g} s of the end{why}", "it lies on this host only")
+            self._trouble(step, f"its copy was not finished {time.monotonic() - began:.1f} s after the end{why}", "it lies on this host only")
 
     def close(self) -> None:
         """No further piece is copied."""
@@ -191,7 +194,3 @@ class Keeper:
         checkpoints = [{"attempt": one.attempt, "step": one.step, "sha256": one.sha256} for one in self._held]
         problem = self._problem and {"step": self._problem[0], "detail": self._problem[1]}
         self._tell({"type": "stored", "storage": self._url, "checkpoints": checkpoints, "problem": problem})
-
-
-def _age(held: Held) -> tuple[int, int]:
-    return held.attempt, held.step

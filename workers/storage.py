@@ -22,7 +22,7 @@ VARIABLE = "MOELAB_CHECKPOINTS"
 MANIFEST, TOKENIZER = "MANIFEST.json", "tokenizer.json"
 MAX_JSON_BYTES = 64 * 1024 * 1024
 """More than any manifest or tokenizer has."""
-_CHUNK_BYTES = 4 * 1024 * 1024
+_CHUNK_BYTES, _SYNC_BYTES = 4 * 1024 * 1024, 128 * 1024 * 1024
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}")
 _STEP = re.compile(r"step-([0-9]{8,10})")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -58,10 +58,11 @@ def storage_url() -> str:
 
 
 def check_storage() -> str:
-    """`storage_url`, once its library is there as well. Raises ValueError."""
+    """`storage_url`, once its library is there as well; the storage itself may be away. Raises ValueError."""
     url = storage_url()
     if url:
-        _opened(url)
+        with contextlib.suppress(Away):
+            _opened(url)
     return url
 
 
@@ -86,7 +87,7 @@ class Storage:
     """Checkpoints under a URL, by their places (spec.storage). Everything raises Away where the storage does not do as it is told."""
 
     def __init__(self, url: str) -> None:
-        """Raises ValueError where no library here opens such a URL."""
+        """Raises ValueError where no library here opens such a URL; Away too, as some of them connect at once."""
         self.url = url
         self._files, self._root = _opened(url)
         self._on_disk = url.startswith("file://")
@@ -138,7 +139,7 @@ class Storage:
         """
         step = _step_of(place)
         final = into / place.rpartition("/")[2]
-        work = into / f"{final.name}.{os.getpid()}.tmp"
+        work = half_fetched(into, place, os.getpid())
         manifest = self._read(f"{place}/{MANIFEST}")
         if hashlib.sha256(manifest).hexdigest() != sha256:
             raise NotWhole("its manifest is another one than was stored")
@@ -271,8 +272,10 @@ def _opened(url: str) -> tuple[Any, str]:
 
     try:
         files, root = fsspec.core.url_to_fs(url)
-    except Exception as error:  # an unknown protocol, a library that is not installed, or its own complaint
+    except (ValueError, ImportError) as error:  # an unknown protocol, a library that is not installed, or its own complaint
         raise ValueError(f"{VARIABLE}: no library here opens {url.partition('://')[0]}://: {told(error)}") from None
+    except Exception as error:  # ftp, sftp and smb connect here already
+        raise Away(told(error)) from None
     return files, str(root)
 
 
@@ -308,9 +311,15 @@ def _checked(file: IO[bytes], item: Item, name: str, go_on: Callable[[], bool]) 
 
 
 def _write_here(path: Path, chunks: Iterator[bytes]) -> None:
+    """Syncs now and then: with all of a large file to write at its end, nothing would seem to move for minutes."""
+    unsynced = 0
     with path.open("wb") as file:
         for chunk in chunks:
             file.write(chunk)
+            unsynced += len(chunk)
+            if unsynced >= _SYNC_BYTES:
+                os.fdatasync(file.fileno())
+                unsynced = 0
         file.flush()
         os.fsync(file.fileno())
 
@@ -321,6 +330,11 @@ def _sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def half_fetched(checkpoints: Path, place: str, pid: int) -> Path:
+    """Where the process `pid` gathers a checkpoint that is to lie in the directory. The trainer sweeps away those of the dead."""
+    return checkpoints / f"{place.rpartition('/')[2]}.{pid}.tmp"
 
 
 def published(checkpoints: Path) -> set[int]:

@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import os
 import shutil
 import signal
@@ -80,6 +81,7 @@ class Supervisor:
         self._asked: Literal["run", "cancel", "pause"] = "run"
         self._checkpoints_asked = self._checkpoints_sent = 0
         self._kill_at: float | None = None
+        self._leave_by = math.inf
         self._hang = ""
         self._unkillable = False
         self._memory_kills = oom_kills()
@@ -113,10 +115,13 @@ class Supervisor:
         except NoMeeting as error:
             return Verdict("failed", "no_meeting", str(error))
         except NotBrought as error:
-            return Verdict("paused", UNREACHABLE, str(error))
+            if self._goes_on(shipping):
+                return Verdict("paused", UNREACHABLE, str(error))
         except OSError as error:
             self._ranks.kill()
             return Verdict("failed", "disk_full" if error.errno == 28 else "error", f"the ranks could not be started: {error}")
+        if not self._ranks.pids:
+            return self._company.lost or self._judge()
         while self._ranks.alive and not self._unkillable:
             await asyncio.sleep(_LOOK_S)
             if shipping.done():
@@ -132,7 +137,10 @@ class Supervisor:
         self._lock.write(self._holder)
         shutil.rmtree(self._run_dir / ORIGIN, ignore_errors=True)
         if self._keeper is not None:
-            await self._keeper.finish(wanted=lambda: not shipping.done(), cancelled=self._asked == "cancel")
+            await self._keeper.finish(
+                wanted=lambda: not shipping.done() and time.monotonic() < self._leave_by,
+                hurried=lambda: self._asked == "cancel" or self._goes_down,
+            )
         if shipping.done():
             await shipping
             return None
@@ -146,10 +154,12 @@ class Supervisor:
         (self._run_dir / "spec.json").write_text(json.dumps(self._claim.spec, indent=1))
 
         def wanted() -> bool:
-            return self._asked == "run" and not shipping.done()
+            return self._goes_on(shipping)
 
         if self._claim.node == 0:
             await Porter(self._claim, self._run_dir, self._storage, say=self._log.say, tell=self._shipper.say, wanted=wanted).bring()
+        if not wanted():
+            return
         with (self._dir / "reserve").open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, _RESERVE_BYTES)
         meeting = None
@@ -164,6 +174,14 @@ class Supervisor:
             self._keeper.start()
         self._holder.ranks = [identity(pid) for pid in self._ranks.pids]
         self._lock.write(self._holder)
+
+    def _goes_on(self, shipping: asyncio.Task[None]) -> bool:
+        """Whether ranks that are not there yet are still to be started."""
+        return self._asked == "run" and not self._goes_down and self._company.lost is None and not shipping.done()
+
+    @property
+    def _goes_down(self) -> bool:
+        return self._leave_by < math.inf
 
     # ----- while it trains
 
@@ -189,7 +207,8 @@ class Supervisor:
             self._ranks.signal(signal.SIGTERM)
 
     def _go_down(self, shipping: asyncio.Task[None]) -> None:
-        """This host asks us to end: the run goes on elsewhere or later, so there is little time for the network."""
+        """This host asks us to end: the run goes on elsewhere or later, so there is little time for the network, half of it for the last copy."""
+        self._leave_by = min(self._leave_by, time.monotonic() + GRACE_S + SURVIVORS_S / 2)
         self._stop()
         asyncio.get_running_loop().call_later(GRACE_S + SURVIVORS_S, shipping.cancel)
 

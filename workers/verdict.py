@@ -76,7 +76,7 @@ def judge(
         (end for end in exits if end.code not in (0, STOPPED)),
         key=lambda end: (end.by_us and not oom_killed, end.code == PEER_LOST or end.rank in aborted),
     )
-    first = next(iter(failures or exits), Exit(0, 70))
+    first = next(iter(failures or exits), Exit(0, STOPPED))
     code, number = (first.code, None) if first.code >= 0 else (None, -first.code)
     codes = {end.code for end in exits}
     told = str((result or {}).get("detail") or "")

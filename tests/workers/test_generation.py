@@ -196,4 +196,4 @@ def test_a_checkpoint_of_the_storage_is_fetched_while_the_lease_is_kept_and_one_
     assert [answer["outcome"] for answer in api.answers] == ["succeeded", "succeeded", "not_here"] and api.beats
     assert api.answers[0]["result"]["arguments"][0] == str(ran[0]) and ran[0].is_relative_to(tmp_path / "fetched")
     assert not (tmp_path / "runs" / "9").exists(), "it is not taken for a run of this host's"
-    assert not list(ran[0].glob("checkpoints/*")) and not (tmp_path / "shared" / PLACE / "MANIFEST.json").exists()
+    assert not list(ran[0].glob("checkpoints/*")) and (tmp_path / "shared" / PLACE / "MANIFEST.json").exists()

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -18,6 +19,11 @@ import pytest
 
 from spec import events, storage
 from tests.workers.conftest import Host
+from workers import bring
+from workers import keeper as keeping
+from workers.bring import NotBrought, Porter
+from workers.claim import Claim
+from workers.fetch import AWAY, DISK_FULL, Wanted, fetch
 from workers.keeper import Keeper
 from workers.launch import launch
 from workers.storage import Away, Interrupted, NotWhole, Storage, check_storage, listed, storage_url, told
@@ -39,6 +45,15 @@ def saved(directory: Path, step: int = 10, **files: bytes) -> str:
     (path / "MANIFEST.json").write_bytes(manifest)
     path.rename(final)
     return hashlib.sha256(manifest).hexdigest()
+
+
+def hung(tmp_path: Path, shared: Path) -> str:
+    """Puts a checkpoint into the storage of which one file never answers; the SHA-256 of its manifest."""
+    sha256 = saved(tmp_path / "hung")
+    Storage(f"file://{shared}").put(tmp_path / "hung" / "step-00000010", PLACE, lambda: True)
+    (shared / PLACE / "empty.bin").unlink()
+    os.mkfifo(shared / PLACE / "empty.bin")
+    return sha256
 
 
 @pytest.fixture
@@ -81,6 +96,15 @@ class TestTheURL:
             check_storage()
         monkeypatch.delenv("MOELAB_CHECKPOINTS")
         assert check_storage() == ""
+
+    def test_one_that_is_away_when_its_library_connects_is_away_and_no_mistake_of_the_url(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))  # and does not listen
+            url = f"ftp://127.0.0.1:{taken.getsockname()[1]}/a"
+            monkeypatch.setenv("MOELAB_CHECKPOINTS", url)
+            assert check_storage() == url, "a worker may start before its storage does"
+            with pytest.raises(Away, match="refused"):
+                Storage(url)
 
     def test_runs_of_one_number_but_of_other_servers_have_other_folders(self) -> None:
         other = storage.folder(1, datetime(2026, 1, 1, 0, 0, 0, 1, tzinfo=UTC))
@@ -177,6 +201,25 @@ class TestACheckpoint:
         with pytest.raises(NotWhole):
             keeps.get_tokenizer(PLACE)
 
+    @pytest.mark.parametrize("set_aside", [False, True])
+    def test_only_who_tells_the_server_sets_a_damaged_one_aside_and_nobody_for_a_tokenizer(
+        self, tmp_path: Path, shared: Path, set_aside: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("MOELAB_CHECKPOINTS", f"file://{shared}")
+        sha256, keeps = saved(tmp_path / "a"), Storage(f"file://{shared}")
+        keeps.put(tmp_path / "a" / "step-00000010", PLACE, lambda: True)
+        wanted = Wanted(place=PLACE, sha256=sha256, run_dir=tmp_path / "b", set_aside=set_aside)
+        bad = shared / FOLDER / "attempt-1" / f"tokenizer-{'0' * 64}.json"
+        bad.write_bytes(b"{}")
+        with pytest.raises(NotWhole, match="tokenizer"):
+            fetch(wanted)
+        assert (shared / PLACE / "MANIFEST.json").exists() and not (tmp_path / "b").exists()
+        bad.unlink()
+        (shared / PLACE / "model.bin").write_bytes(b"x")
+        with pytest.raises(NotWhole, match=r"model\.bin"):
+            fetch(wanted)
+        assert (shared / PLACE / "MANIFEST.json").exists() is not set_aside
+
     def test_a_library_without_a_disk_does_as_well(self, tmp_path: Path) -> None:
         """The one that every fsspec has; shared it cannot be, and no worker takes its URL."""
         keeps, sha256 = Storage(f"memory://{tmp_path}"), saved(tmp_path / "a")
@@ -264,6 +307,27 @@ class TestHosts:
         assert isinstance(started, events.RunStarted) and started.resumed_from_step == 20
         assert sorted(path.name for path in own.iterdir()) == ["step-00000010.left", "step-00000020", "step-00000025", "step-00000030.left"]
 
+    @pytest.mark.parametrize("why", ["this host goes down", "another host is lost"])
+    def test_a_fetch_that_hangs_ends_when_nobody_waits_for_it(
+        self, worker_host: Host, tmp_path: Path, shared: Path, url: str, why: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        down, lost = why == "this host goes down", {"reason": "worker_lost", "detail": "node 1 was not heard from"}
+        worker_host.server.hosts = None if down else {"rendezvous": "", "lost": None}
+        sha256 = hung(tmp_path, shared)
+        held = [{"attempt": 1, "step": 10, "sha256": sha256, "place": PLACE}]
+        claim = worker_host.claim(attempt=2) | self.known(worker_host, checkpoints=held) | {"nodes": 1 if down else 2}
+        launch(claim, worker_host.home / "runs")
+        worker_host.wait(lambda: list(worker_host.home.glob("runs/1/checkpoints/*.tmp")))
+        if down:
+            os.kill(worker_host.running("workers.supervisor")[0].pid, signal.SIGTERM)
+        else:
+            worker_host.server.hosts = {"rendezvous": "", "lost": lost}
+            worker_host.server.command()
+        ended = worker_host.wait(lambda: worker_host.server.ended(2))
+        assert (ended.outcome, ended.reason) == (("paused", "worker_stopped") if down else ("failed", "worker_lost"))
+        worker_host.wait_until_quiet(5)
+        assert not list(worker_host.home.glob("runs/1/checkpoints/*"))
+
     @pytest.mark.parametrize("fault", ["damaged", "away"])
     def test_what_cannot_be_fetched_ends_the_attempt_with_its_reason_and_counts_for_nothing(
         self, worker_host: Host, tmp_path: Path, shared: Path, url: str, fault: str, monkeypatch: pytest.MonkeyPatch
@@ -296,8 +360,61 @@ class TestHosts:
         assert ended is not None and ended.outcome == "succeeded" and server.steps() == list(range(1, 16))
         log = server.log[1].decode()
         assert log.count("could not be stored in") == 2, "once, and at the end, where it was waited for in vain"
-        assert server.told[-1]["problem"]["step"] == 15 and "not finished within 0.4 s of the end" in server.told[-1]["problem"]["detail"]
+        assert server.told[-1]["problem"]["step"] == 15 and "its copy was not finished 0." in server.told[-1]["problem"]["detail"]
         assert not (tmp_path / "never-mounted").exists()
+
+
+class TestThePorter:
+    """Without a supervisor."""
+
+    @pytest.fixture
+    def porter(self, tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch) -> Porter:
+        monkeypatch.setenv("MOELAB_CHECKPOINTS", f"file://{shared}")
+        told = {"run": 1, "attempt": 4, "token": "t", "spec": {}, "devices": ["cpu:0"], "ingest_url": "/", "stored_as": FOLDER, "trained": 3}
+        held = [
+            {"attempt": attempt, "step": step, "sha256": "", "place": storage.place(FOLDER, attempt, step)} for attempt, step in ((2, 30), (3, 20))
+        ]
+        claim = Claim.model_validate({**told, "checkpoints": held})
+        self.told: list[Any] = []
+        return Porter(claim, tmp_path / "run", f"file://{shared}", say=lambda line: None, tell=self.told.append, wanted=lambda: True)
+
+    async def test_a_fetch_that_hangs_is_killed_and_leaves_nothing(
+        self, porter: Porter, tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(bring, "STANDSTILL_S", 1.0)
+        wanted = Wanted(place=PLACE, sha256=hung(tmp_path, shared), run_dir=tmp_path / "run")
+        code, words = await porter._once(wanted)
+        assert code == AWAY and words.startswith("the storage hangs: nothing came for 1 s")
+        assert not list((tmp_path / "run" / "checkpoints").glob("*"))
+
+    async def test_the_newest_is_the_latest_attempts_not_the_one_with_most_steps(
+        self, porter: Porter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        own = tmp_path / "run" / "checkpoints"
+        held = [one.model_copy(update={"sha256": saved(own, one.step)}) for one in porter._claim.checkpoints]
+        porter._claim = porter._claim.model_copy(update={"checkpoints": held})
+        shutil.rmtree(own / "step-00000020")
+
+        async def fetched(place: str, sha256: str, into: Path) -> None:
+            assert (place, sha256, saved(own, 20)) == (held[1].place, held[1].sha256, held[1].sha256)
+
+        monkeypatch.setattr(porter, "_fetch", fetched)
+        await porter.bring()
+        assert sorted(path.name for path in own.iterdir()) == ["step-00000020", "step-00000030.left"]
+
+    async def test_whatever_else_a_fetch_may_say_is_asked_again_but_not_on_a_full_disk(self, porter: Porter, monkeypatch: pytest.MonkeyPatch) -> None:
+        answers = iter([(64, "no such host"), (1, "a traceback"), (DISK_FULL, "this host's disk is full")])
+
+        async def answer(*_: object) -> Any:
+            return next(answers)
+
+        async def at_once(seconds: float) -> bool:
+            return True
+
+        monkeypatch.setattr(porter, "_once", answer), monkeypatch.setattr(porter, "_still_wanted", at_once)
+        with pytest.raises(NotBrought, match="this host's disk is full"):
+            await porter.bring()
+        assert next(answers, None) is None and not self.told
 
 
 class TestTheKeeper:
@@ -305,8 +422,6 @@ class TestTheKeeper:
 
     @pytest.fixture
     def keeper(self, tmp_path: Path, shared: Path) -> Keeper:
-        from workers.claim import Claim
-
         told: dict[str, Any] = {
             "run": 1,
             "attempt": 2,
@@ -377,3 +492,16 @@ class TestTheKeeper:
         with pytest.raises(Interrupted):
             keeper._store(30, tmp_path / "run" / "attempts" / "2" / "storing")
         assert not list(shared.rglob("MANIFEST.json"))
+
+    async def test_whoever_cancels_during_the_last_copy_does_not_wait_for_it(
+        self, keeper: Keeper, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        go_on, turns = threading.Event(), iter([False, False, True])
+        monkeypatch.setattr(keeping, "HURRIED_S", 0.0)
+        monkeypatch.setattr(Storage, "_write", lambda *_: go_on.wait(10))
+        keeper.start()
+        saved(tmp_path / "run" / "checkpoints", 30)
+        async with asyncio.timeout(5):
+            await keeper.finish(lambda: True, hurried=lambda: next(turns))
+        go_on.set()
+        assert "its copy was not finished 0." in self.said[0] and next(turns, None) is None
