@@ -8,9 +8,11 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import os
 import random
 import struct
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -57,10 +59,11 @@ class Shipper:
         *,
         log: Path | None = None,
         on_command: Callable[[str, int], None] = lambda desired, checkpoint_requests: None,
-        on_hosts: Callable[[str, Mapping[str, str] | None, bool], None] = lambda rendezvous, lost, hanging: None,
+        on_hosts: Callable[[str, Mapping[str, str] | None, bool | None], None] = lambda rendezvous, lost, hanging: None,
     ) -> None:
         """`url` is asked for the address at each connection; `on_command` hears (desired, checkpoint_requests), and `on_hosts`, of
-        an attempt on several hosts, (where the ranks meet, the reason and detail of a host that has failed, whether the ranks stand still)."""
+        an attempt on several hosts, (where the ranks meet, the reason and detail of a host that has failed, whether the ranks stand still:
+        None from a server that does not know the word)."""
         self._url, self._token, self._boxes, self._log = url, token, boxes, log
         self._on_command, self._on_hosts = on_command, on_hosts
         self._own = boxes[-1]
@@ -70,7 +73,7 @@ class Shipper:
         """Whether the server has taken what was said by `leave`."""
         self._last_seq: int | None = None
         self._log_sent = self._log_acked = 0
-        self._heard = 0.0
+        self._heard = -math.inf
         self.connected = False
         self.error = ""
 
@@ -122,6 +125,10 @@ class Shipper:
         """Sends a text frame once the whole log has been sent. The server answers `fenced`, which ends `run`."""
         self._last_word = json.dumps(message)
 
+    def heard_within(self, seconds: float) -> bool:
+        """Whether the server has said anything so lately; may be asked in any thread."""
+        return time.monotonic() - self._heard <= seconds
+
     @property
     def done(self) -> bool:
         return self._last_seq is not None and self._own.acked >= self._last_seq and all(box.settled for box in self._boxes[:-1])
@@ -159,7 +166,7 @@ class Shipper:
             self._hear(_message(await socket.recv()))
 
     def _hear(self, message: dict[str, Any]) -> None:
-        self._heard = asyncio.get_running_loop().time()
+        self._heard = time.monotonic()
         kind = message.get("type")
         if kind == "ack":
             box = next((box for box in self._boxes if box.attempt == message["attempt"]), None)
@@ -175,7 +182,7 @@ class Shipper:
         if kind in ("hello", "command"):
             self._on_command(str(message["desired"]), int(message["checkpoint_requests"]))
             if hosts := message.get("hosts"):
-                self._on_hosts(str(hosts["rendezvous"]), hosts["lost"], bool(hosts.get("hanging")))
+                self._on_hosts(str(hosts["rendezvous"]), hosts["lost"], hosts.get("hanging"))
 
     async def _send(self, socket: ClientConnection) -> None:
         """Whole older attempts first; then the log in pieces and the own records, as they come."""
@@ -226,10 +233,9 @@ class Shipper:
         return self._log_sent >= size
 
     async def _beat(self, socket: ClientConnection) -> None:
-        clock = asyncio.get_running_loop().time
         while True:
             await asyncio.sleep(HEARTBEAT_S)
-            if clock() - self._heard > SILENCE_S:
+            if not self.heard_within(SILENCE_S):
                 raise TimeoutError(f"the server has been silent for {SILENCE_S:.0f} s")
             await socket.send('{"type":"heartbeat"}')
 

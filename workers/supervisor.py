@@ -47,6 +47,8 @@ STACKS_S = 2.0
 """How long ranks that stand still have to write their stacks; those of node 0 live until the others have heard of it, too."""
 HEARD_S = 3.0
 STRAGGLERS_S = 60.0
+CONFIRMED_S = 5.0
+"""How old the server's last word may be when something is removed from the storage: heartbeats are answered every 3 s, and a lease is 15 s."""
 FIRST_STEP_S = float(os.environ.get("MOELAB_FIRST_STEP_TIMEOUT_S", "300"))
 STEP_S = float(os.environ.get("MOELAB_STEP_TIMEOUT_S", "120"))
 _LOOK_S = 0.1
@@ -76,13 +78,14 @@ class Supervisor:
         self._storage = storage_url() if claim.stored_as and claim.node == 0 else ""
         self._keeper: Keeper | None = None
         if self._storage:
-            self._keeper = Keeper(claim, run_dir, self._storage, say=self._log.say, tell=self._shipper.say, current=lambda: self._shipper.connected)
+            self._keeper = Keeper(claim, run_dir, self._storage, say=self._log.say, tell=self._shipper.say, current=self._is_current)
         self._company = Company(claim)
         self._asked: Literal["run", "cancel", "pause"] = "run"
         self._checkpoints_asked = self._checkpoints_sent = 0
         self._kill_at: float | None = None
         self._leave_by = math.inf
         self._hang = ""
+        self._server_knows_of_hangs = False
         self._unkillable = False
         self._memory_kills = oom_kills()
         self._memory_killed = False
@@ -183,6 +186,9 @@ class Supervisor:
     def _goes_down(self) -> bool:
         return self._leave_by < math.inf
 
+    def _is_current(self) -> bool:
+        return self._shipper.connected and self._shipper.heard_within(CONFIRMED_S)
+
     # ----- while it trains
 
     def _hear(self, desired: str, checkpoint_requests: int) -> None:
@@ -192,8 +198,9 @@ class Supervisor:
             self._asked = cast(Literal["cancel", "pause"], desired)
             self._stop()
 
-    def _hear_of_hosts(self, place: str, lost: Mapping[str, str] | None, hanging: bool) -> None:
+    def _hear_of_hosts(self, place: str, lost: Mapping[str, str] | None, hanging: bool | None) -> None:
         """The server's word on the attempt's hosts. One that has failed ends it; if they stand still, we want to know where ours do."""
+        self._server_knows_of_hangs = hanging is not None
         self._ranks.poll()
         if self._company.hear(place, lost, all_well_here=not self._ranks.exits and not self._hang) and self._kill_at is None:
             self._kill_at = time.monotonic() + SURVIVORS_S
@@ -242,6 +249,8 @@ class Supervisor:
                 self._end_hang(f"{silence} since it was started", STACKS_S, stacks=False)  # it has no handler for the signal yet
             elif self._claim.nodes == 1:
                 self._end_hang(f"{silence}; the stacks of all ranks are at the end of the log", STACKS_S, stacks=True)
+            elif not self._server_knows_of_hangs:  # an older one takes the word for malformed, and would never hear how it ended
+                self._end_hang(f"{silence}; the stacks of this host's ranks are at the end of its log", STACKS_S, stacks=True)
             else:
                 self._shipper.say({"type": "hanging"})
                 where = "the stacks of each host's ranks are in the log, and kept with that host"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import time
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -12,8 +14,10 @@ import pytest
 from spec import events
 from tests.workers.conftest import Host
 from workers import host
+from workers.claim import Claim
 from workers.launch import launch
 from workers.meeting import Meeting, NoMeeting, interface_of, own_address
+from workers.supervisor import Supervisor
 
 
 @pytest.fixture(autouse=True)
@@ -140,7 +144,25 @@ def test_a_reason_of_node_0s_own_is_not_replaced(worker_host: Host, monkeypatch:
     assert isinstance(ended, events.RunEnded) and (ended.outcome, ended.reason) == ("failed", "nan_loss")
 
 
+@pytest.mark.parametrize("known", [False, True])
+def test_an_older_server_is_not_told_of_a_hang_and_one_that_was_not_heard_lately_confirms_nothing(tmp_path: Path, known: bool) -> None:
+    claim = Claim(run=1, attempt=1, token="t", spec={}, devices=["cpu:0"], nodes=2, ingest_url="/")  # noqa: S106
+    lock = host.AttemptLock(tmp_path / "attempts" / "1")
+    supervisor = Supervisor(claim, tmp_path, lock)
+    hello = {"type": "command", "desired": "run", "checkpoint_requests": 0, "hosts": {"rendezvous": "", "lost": None}}
+    supervisor._shipper._hear(hello | {"hosts": hello["hosts"] | ({"hanging": False} if known else {})})  # type: ignore[operator]
+    supervisor._progress.started = True
+    supervisor._notice_trouble(time.monotonic() + 1000)
+    assert ("hanging" in supervisor._shipper._said) is known and supervisor._hang.startswith("no sign of progress")
+    supervisor._shipper.connected = True
+    assert supervisor._is_current()
+    supervisor._shipper._heard -= 6
+    assert not supervisor._is_current(), "the socket is open, but another attempt may have begun"
+    os.close(lock.fd)
+
+
 def test_node_0_tells_the_others_of_a_hang_and_has_the_stacks_of_its_own_ranks(worker_host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker_host.server.hosts = {"rendezvous": "", "lost": None, "hanging": False}
     monkeypatch.setenv("FAKE_HANG_AT", "3")
     monkeypatch.setenv("MOELAB_STEP_TIMEOUT_S", "1")
     begin(worker_host, 0, steps=100, ranks=2)
