@@ -4,6 +4,7 @@ import type { RunStore } from "../data/store";
 import { TERMINAL, type Run } from "../data/types";
 import { all, byId, setText } from "./dom";
 import { perFrame } from "./frame";
+import { lossName } from "./loss";
 import { initWaiting } from "./waiting";
 
 const MARKS: Record<string, string> = { succeeded: "✓", failed: "✕", cancelled: "⊘", paused: "⏸" };
@@ -71,8 +72,9 @@ function speedText({ run, seriesAtStep: series, step }: RunStore, value: number 
 }
 
 /** A figure of the strip: a metric at the chosen step, or a fact of the run. */
-function statText(store: RunStore, name: string): string {
+function statText(store: RunStore, stat: string): string {
   const { run, seriesAtStep: series } = store;
+  const name = stat === "loss" ? lossName(series) : stat;
   if (name === "val_loss") return metric(run.best_val_loss);
   if (name === "spikes") return String(store.events.filter((event) => event.kind === "spike_detected").length || run.spikes || 0);
   const row = series.length ? Math.max(series.rowAt(store.step), 0) : -1; // before the first that was told: that one

@@ -3,7 +3,7 @@ import type uPlot from "uplot";
 import { metric } from "../data/format";
 import { ema } from "../data/smooth";
 import { spikesOf, valPoints } from "../data/marks";
-import { firstSteps } from "../data/series";
+import { firstSteps, type Series } from "../data/series";
 import type { RunStore } from "../data/store";
 import { byId, readStored, store as keep } from "./dom";
 import { LineChart, type Drawing } from "./lines";
@@ -39,9 +39,14 @@ export function initLoss(store: RunStore): void {
   store.on("events", chart.redraw);
 }
 
+/** The metric that the page calls the loss: without balancing terms and extra predictions, where the run tells it apart. */
+export function lossName(series: Series): string {
+  return series.columns.has("lm_loss") ? "lm_loss" : "loss";
+}
+
 function lossDrawing(store: RunStore, weight: number): Drawing | null {
   const { series } = store;
-  const name = series.columns.has("lm_loss") ? "lm_loss" : "loss";
+  const name = lossName(series);
   const column = series.view(name);
   if (!column || !series.length) return null;
   const x = series.step.subarray(0, series.length);
