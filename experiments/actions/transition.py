@@ -46,7 +46,8 @@ class StateConflict(Exception):  # noqa: N818
     """The run's state does not allow it; the text says which state, what was asked, and what is possible instead."""
 
     def __init__(self, run: Run, asked: str, instead: str = "") -> None:
-        super().__init__(f"run {run.pk} is {run.state}: it cannot {asked}; {instead or 'possible now: ' + (', '.join(possible(run)) or 'nothing')}")
+        verbs = [f"{verb} (an administrator of the project)" if verb == "delete" else verb for verb in possible(run)]
+        super().__init__(f"run {run.pk} is {run.state}: it cannot {asked}; {instead or 'possible now: ' + (', '.join(verbs) or 'nothing')}")
         self.state = run.state
 
 
