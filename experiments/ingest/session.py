@@ -111,14 +111,20 @@ class Session:
             raise FencedError
         return command
 
+    def _note_stored(self) -> None:
+        if self._in_storage is not None:
+            record_stored(self.grant.run_id, self.grant.attempt, self._in_storage)
+
     def _hear_of_storage(self, kind: str, message: Mapping[str, Any]) -> None:
-        """What is stored is taken in again with later events: it may be said before the checkpoint itself has arrived. Raises FrameError."""
+        """What is stored is taken in again with later events: it may be said before the checkpoint itself has arrived, and the attempt may end
+        with the frame that brings it. Raises FrameError.
+        """
         try:
             if kind == "damaged":
                 record_damaged(self.grant.run_id, self.grant.attempt, Damaged.model_validate(message))
             else:
                 self._in_storage = InStorage.model_validate(message)
-                record_stored(self.grant.run_id, self.grant.attempt, self._in_storage)
+                self._note_stored()
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             raise FrameError(f"{kind}.{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
@@ -141,14 +147,13 @@ class Session:
         if attempt not in self.next_seq:
             raise FrameError(f"attempt {attempt} is not one that this socket may send")
         first = self.next_seq[attempt]
-        stored = write.ingest(self.grant.run_id, attempt, first, payloads, holder=self.grant.attempt)
+        stored = write.ingest(self.grant.run_id, attempt, first, payloads, holder=self.grant.attempt, before_end=self._note_stored)
         self.next_seq[attempt] = first + len(payloads)
         self.ended |= stored.ended
         self._waiting.append(stored)
         if stored.events:
             self._facts = None
-            if self._in_storage is not None:
-                record_stored(self.grant.run_id, self.grant.attempt, self._in_storage)
+            self._note_stored()
         if self.push_due_s() <= 0 or stored.events or stored.rewound_to is not None:
             self.push()
         return {"type": "ack", "attempt": attempt, "seq": stored.acked_seq}

@@ -8,7 +8,7 @@ is why the commits of plain steps need not wait for the disk.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -52,8 +52,17 @@ class Stored:
     ended: bool = False
 
 
-def ingest(run_id: int, attempt: int, first_seq: int, payloads: Sequence[memoryview], *, holder: int | None = None) -> Stored:
-    """Stores the records `first_seq`, `first_seq`+1 … of `attempt`'s spool, sent by the supervisor of attempt `holder`.
+def ingest(
+    run_id: int,
+    attempt: int,
+    first_seq: int,
+    payloads: Sequence[memoryview],
+    *,
+    holder: int | None = None,
+    before_end: Callable[[], None] | None = None,
+) -> Stored:
+    """Stores the records `first_seq`, `first_seq`+1 … of `attempt`'s spool, sent by the supervisor of attempt `holder`. `before_end` is called in
+    this transaction before the attempt ends, while the run is still its own.
 
     Raises FencedError, OutOfOrderError, or EventError for a record that is not an event; nothing is stored then.
     """
@@ -65,7 +74,7 @@ def ingest(run_id: int, attempt: int, first_seq: int, payloads: Sequence[memoryv
         if first_seq > cursor.acked_seq + 1:
             raise OutOfOrderError(f"record {first_seq} of attempt {attempt} came before record {cursor.acked_seq + 1}")
         known = cursor.acked_seq + 1 - first_seq
-        frame = _Frame(run, cursor)
+        frame = _Frame(run, cursor, before_end)
         frame.store(list(batch.decode(payloads[known:], first_seq + known)))
         return frame.stored
 
@@ -139,8 +148,8 @@ def _cursor(run_id: int, attempt: int) -> Cursor:
 class _Frame:
     """One frame's way into the store; `run` is locked."""
 
-    def __init__(self, run: Locked, cursor: Cursor) -> None:
-        self.run, self.cursor = run, cursor
+    def __init__(self, run: Locked, cursor: Cursor, before_end: Callable[[], None] | None = None) -> None:
+        self.run, self.cursor, self._before_end = run, cursor, before_end
         self.stored = Stored(cursor.acked_seq)
         self._floor = cursor.floor
 
@@ -245,6 +254,8 @@ class _Frame:
         elif isinstance(event, events.CheckpointSaved):
             engine.record_checkpoint(run.pk, attempt, event)
         elif isinstance(event, events.RunEnded) and attempt == run.attempt:
+            if self._before_end is not None:
+                self._before_end()
             engine.end_attempt(run.pk, attempt, event)
             self.stored.ended = True
         self._keep(seq, event)
