@@ -12,6 +12,7 @@ from django.db import transaction
 from django.db.models import Q, QuerySet
 from pydantic import BaseModel, ConfigDict, Field
 
+from experiments.access import projects_of_workers
 from experiments.actions.transition import locked
 from experiments.live.publish import publish_run
 from experiments.models import Checkpoint, Run, Worker
@@ -65,7 +66,9 @@ class Damaged(_Word):
 
 @transaction.atomic
 def record_stored(run_id: int, attempt: int, told: InStorage) -> None:
-    """Writes down what is where. Checkpoints that the server has not heard of are left out: say it again later. Ignores a fenced attempt."""
+    """Writes down what is where. Checkpoints that the server has not heard of are left out: say it again later. So are those of a past
+    that the run has left. Ignores a fenced attempt.
+    """
     run = locked(run_id)
     if run.attempt != attempt:
         return
@@ -74,7 +77,7 @@ def record_stored(run_id: int, attempt: int, told: InStorage) -> None:
     changed = 0
     for row in mine.filter(Q(storage=told.storage) | Q(step__in={step for _, step in there})):
         stored = told.storage if there.get((row.attempt, row.step)) == row.sha256 else ""
-        if stored != row.storage and (stored or row.storage == told.storage):
+        if stored != row.storage and (not is_left_behind(run_id, row.attempt, row.step) if stored else row.storage == told.storage):
             changed += mine.filter(pk=row.pk).update(storage=stored, storage_problem="")
     why = (told.problem.step, told.problem.detail[:MAX_DETAIL]) if told.problem else (-1, "")
     changed += mine.exclude(storage_problem="").exclude(attempt=attempt, step=why[0]).update(storage_problem="")
@@ -85,12 +88,18 @@ def record_stored(run_id: int, attempt: int, told: InStorage) -> None:
 
 @transaction.atomic
 def record_damaged(run_id: int, attempt: int, told: Damaged) -> None:
-    """That checkpoint is not offered from the storage any more. Ignores a fenced attempt, and places of runs that this one has nothing to do with."""
+    """That checkpoint is not offered from the storage any more. Ignores a fenced attempt, and places of runs that this one has nothing to do with.
+
+    Of the run that it begins from the word counts if the worker that says it could have that run as well: who may only view a run changes nothing
+    about it.
+    """
     run = locked(run_id)
     if run.attempt != attempt:
         return
-    origin = origin_of(run)
-    for row in Checkpoint.objects.filter(Q(run=run_id) | Q(run=origin[0] if origin else None), storage=told.storage).select_related("run"):
+    origin, token = origin_of(run), run.worker.token_id if run.worker else None
+    projects = projects_of_workers([token] if token else []).get(token or 0, frozenset())
+    those = Q(run=run_id) | Q(run=origin[0] if origin else None, run__project__in=projects)
+    for row in Checkpoint.objects.filter(those, storage=told.storage).select_related("run"):
         if place(row) == told.place:
             Checkpoint.objects.filter(pk=row.pk).update(storage="", storage_problem=told.detail[:MAX_DETAIL])
             publish_run(row.run_id)
