@@ -18,6 +18,7 @@ from experiments.access import authenticate_token, roles_include
 from experiments.actions.lease import LEASE_S
 from experiments.actions.node import Hosts, LastWord, close_nodes, hosts_of, may_speak, never_taken
 from experiments.actions.now import after_now
+from experiments.actions.source import UNREACHABLE
 from experiments.actions.stored import is_left_behind, leave_behind
 from experiments.actions.transition import locked, transition
 from experiments.doorbell import ring_after_commit
@@ -27,6 +28,11 @@ from spec.events import CheckpointSaved, RunEnded, RunStarted
 
 MAX_ATTEMPTS_WITHOUT_PROGRESS = 3
 MAX_ATTEMPTS_NOT_TAKEN = 10
+_LACKED = ("a host did not take its part", "a host could not fetch the checkpoint")
+_MEND = (
+    " See that the workers with this storage reach the same one, or start the worker whose disk has the checkpoint; then submit the run anew from"
+    " that checkpoint (resume_from), or restart it."
+)
 FINAL_REASONS = frozenset({"config_invalid", "nan_loss", "oom", "error", "disk_full"})
 """Failures that would come again: the run has failed. Any other is the host's, and the run is queued again."""
 
@@ -181,9 +187,11 @@ def leave(run: Run, *, by: str, counts: bool, **said: Any) -> None:
     """An unfinished attempt has left the run (locked by the caller): it is cancelled, paused, queued again, or has failed for good.
 
     `counts` says whether the attempt is to blame: three in a row that crash without a new checkpoint are enough. One of which a host never
-    took its part says nothing against the run, but ten of them with none that trained are enough as well.
+    took its part says nothing against the run, nor does one whose host could not fetch the checkpoint; but ten of them with none that trained are
+    enough as well.
     """
-    lacking = counts and run.node_count > 1 and never_taken(run)
+    unreachable = said.get("reason") == UNREACHABLE
+    lacking = unreachable or (counts and run.node_count > 1 and never_taken(run))
     tries = run.attempts_without_progress + (counts and not lacking)
     not_taken = run.attempts_not_taken + lacking
     tried: dict[str, Any] = {"attempts_without_progress": tries, "attempts_not_taken": not_taken}
@@ -192,8 +200,8 @@ def leave(run: Run, *, by: str, counts: bool, **said: Any) -> None:
     elif run.desired == Desired.PAUSE:
         transition(run, State.PAUSED, by=by, **said)
     elif tries >= MAX_ATTEMPTS_WITHOUT_PROGRESS or not_taken >= MAX_ATTEMPTS_NOT_TAKEN:
-        what = f"{not_taken} attempts in which a host did not take its part" if lacking else f"{tries} attempts without a new checkpoint"
-        text = f"{what}; the last ended with {said.get('reason') or 'no reason'}. {said.get('detail', '')}".strip()
+        what = f"{not_taken} attempts in which {_LACKED[unreachable]}" if lacking else f"{tries} attempts without a new checkpoint"
+        text = f"{what}; the last ended with {said.get('reason') or 'no reason'}. {said.get('detail', '')}".strip() + _MEND * unreachable
         transition(run, State.FAILED, by=by, **tried, **{**said, "reason": "restart_limit", "detail": text})
     else:
         transition(run, State.QUEUED, by=by, **tried, **said)

@@ -33,6 +33,10 @@ class Books:
         tokens = {worker.token_id for worker in alive if worker.token_id is not None}
         return cls(alive, _taken([worker.pk for worker in alive], Q(lease_until__gt=Now())), projects_of_workers(tokens))
 
+    def possible(self, run: Run) -> list[Worker]:
+        """The workers that may have the run and could, once they are free, take a host's share of it."""
+        return [worker for worker in self.workers if self.could_take(worker, run, kind_for(run, n_cuda_of(worker)), now=False)]
+
     def could_take(self, worker: Worker, run: Run, kind: str, *, now: bool) -> bool:
         """Whether the worker may have the run, and has a slot and devices of that kind for a host's share of it; `now`: whether they are free."""
         if worker.token_id is None or run.project_id not in self.projects.get(worker.token_id, ()):

@@ -6,18 +6,20 @@ can wait for one that another claim is joining: claims never wait for each other
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from django.db import transaction
-from django.db.models import QuerySet
+from django.db.models import Q, QuerySet
 
 from experiments import secret
 from experiments.actions import gather
+from experiments.actions.books import Books
 from experiments.actions.lease import begin_attempt
-from experiments.actions.queue import Room, alive, before, waiting
+from experiments.actions.queue import Room, before, waiting
 from experiments.actions.source import bringable
-from experiments.models import Run, Worker
+from experiments.models import HAS_ORIGIN, Run, Worker
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,28 @@ def _alone(fitting: QuerySet[Run], worker: Worker, wide: Run | None) -> Run | No
     """The first run on one host that comes before `wide`, locked, unless another claim has it at this moment. A run whose checkpoint this worker
     cannot have is left to those that can, while one of them is alive.
     """
-    runs = fitting.filter(bringable([worker], [worker, *alive()]), node_count=1)
+    runs = fitting.filter(node_count=1)
+    runs = runs.filter(_to_be_had(runs, worker))
     if wide is not None:
         runs = runs.filter(before(wide))
     return runs.select_for_update(skip_locked=True, of=("self",)).first()
+
+
+def _to_be_had(alone: QuerySet[Run], worker: Worker) -> Q:
+    """Those of `alone` whose checkpoint, if they need one, the worker can bring, or nobody that may have the run and is alive.
+
+    The books are asked once, and once for each kind of run that needs one; kinds that wait for the same workers are one term.
+    """
+    books: Books | None = None
+    kinds: defaultdict[tuple[int, ...], Q] = defaultdict(Q)
+    known: dict[tuple[int, ...], list[Worker]] = {}
+    for facts in alone.filter(HAS_ORIGIN).order_by().values(*gather.KIND).distinct():
+        books = books or Books.read()
+        able = books.possible(Run(**facts))
+        key = tuple(other.pk for other in able)
+        kinds[key] |= Q(**facts)
+        known[key] = able
+    to_be_had = ~HAS_ORIGIN
+    for key, those in kinds.items():
+        to_be_had |= those & bringable([worker], known[key])
+    return to_be_had

@@ -24,7 +24,7 @@ from experiments.models import LIVE, Node, Run, State, Transition, Worker
 GATHER_S = 12
 PATIENCE_S = 300
 """A run that has been queued for so long is gathered although some hosts are busy: those that are free keep their devices for it."""
-_KIND = ("project_id", "device", "world_size", "node_count")
+KIND = ("project_id", "device", "world_size", "node_count")
 """What decides who could be a host of a run, but for where its checkpoint lies."""
 
 
@@ -57,14 +57,14 @@ def joinable(fitting: QuerySet[Run], worker: Worker) -> QuerySet[Run]:
     kept = places.filter(lease_until__gte=Now())
     books: Books | None = None
     those = Q(pk__in=[])
-    for facts in wide.order_by().values(*_KIND).distinct():
+    for facts in wide.order_by().values(*KIND).distinct():
         books, run = books or Books.read(), Run(**facts)
         kind = kind_for(run, n_cuda_of(worker))
         enough = Q(pk__in=[])
         for recent in (True, False):
             others = [other for other in books.workers if other != worker and books.could_take(other, run, kind, now=recent)]
             if len(others) >= run.node_count - 1:
-                near = bringable([worker, *others], [worker, *books.workers])
+                near = bringable([worker, *others], books.possible(run))
                 enough |= near if recent else near & ~Q(Exists(_recent(OuterRef("pk"))))
         begun = Q(Exists(kept.filter(devices__0__startswith=kind)))
         those |= Q(**facts) & (begun | (~Q(Exists(kept)) & enough))
@@ -87,7 +87,7 @@ def join(run: Run, worker: Worker, devices: Sequence[str]) -> None:
         return
     here, books = [*(node.worker for node in kept), worker], Books.read()
     others = _others(run, kind, here, books)
-    first = bringers(run, [worker, *books.workers])  # one of them becomes node 0
+    first = bringers(run, books.possible(run))  # one of them becomes node 0
     begins_here = not first or any(member in first for member in here)
     lacking = run.node_count - len(here)
     if lacking > len(others) or (not begins_here and (not lacking or not any(other in first for other in others))):

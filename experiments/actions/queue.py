@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from django.db.models import F, Q, QuerySet
 
-from experiments.actions.books import WORKER_SILENT_S, kind_for, n_cuda_of, taken_by
-from experiments.actions.now import after_now
+from experiments.actions.books import kind_for, n_cuda_of, taken_by
 from experiments.actions.source import with_source
 from experiments.models import Run, State, Worker
 
@@ -56,8 +55,3 @@ def before(run: Run) -> Q:
     """The runs that come before `run` in the order of the queue."""
     sooner = Q(created_at__lt=run.created_at) | Q(created_at=run.created_at, pk__lt=run.pk)
     return Q(priority__gt=run.priority) | (Q(priority=run.priority) & sooner)
-
-
-def alive() -> list[Worker]:
-    """The workers that have been heard of lately."""
-    return list(Worker.objects.filter(last_seen__gt=after_now(-WORKER_SILENT_S)))

@@ -3,7 +3,7 @@
 from experiments.models.generation import Generation, GenerationState
 from experiments.models.node import Node
 from experiments.models.project import Membership, Project, Role
-from experiments.models.run import LIVE, TERMINAL, Checkpoint, Desired, IdempotencyKey, Run, State, Transition
+from experiments.models.run import HAS_ORIGIN, LIVE, TERMINAL, Checkpoint, Desired, IdempotencyKey, Run, State, Transition
 from experiments.models.telemetry import (
     ArchivedScalar,
     ArchivedTensor,
@@ -19,6 +19,7 @@ from experiments.models.token import LoginThrottle, Scope, SignInTicket, Token
 from experiments.models.worker import Presence, Worker
 
 __all__ = [
+    "HAS_ORIGIN",
     "LIVE",
     "TERMINAL",
     "ArchivedScalar",

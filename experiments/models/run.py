@@ -8,6 +8,10 @@ from django.conf import settings
 from django.contrib.postgres.fields import ArrayField
 from django.contrib.postgres.indexes import GinIndex
 from django.db import models
+from django.db.models import Q
+from django.db.models.expressions import Case, When
+from django.db.models.fields.json import KT
+from django.db.models.functions import Cast
 
 from experiments.models.project import Project
 from experiments.models.worker import Worker
@@ -28,6 +32,8 @@ class State(models.TextChoices):
 
 
 TERMINAL = frozenset({State.SUCCEEDED, State.FAILED, State.CANCELLED})
+HAS_ORIGIN = Q(progress_checkpoint_step__gt=0) | Q(begins_with__isnull=False)
+"""Runs that go on from a checkpoint of their own, or begin with another run's."""
 LIVE = frozenset({State.STARTING, State.RUNNING, State.PAUSING, State.STOPPING})
 """States in which an attempt holds a lease."""
 
@@ -40,11 +46,18 @@ class Desired(models.TextChoices):
     PAUSE = "pause"
 
 
+def _named(what: str, field: models.Field[Any, Any]) -> Case:
+    """`run` or `step` of the checkpoint of another run that a run begins with."""
+    resumed = When(resume_from__isnull=False, then=Cast(KT(f"resume_from__{what}"), field))
+    return Case(resumed, default=Cast(KT(f"spec__start__{what}"), field))
+
+
 class Run(models.Model):
     """One experiment, from its submission to its end.
 
     `attempt` counts claims and fences every write of the worker; `attempt_token_sha256s[i]` is the hash of attempt i+1's
     token. A `recorded` run comes from an outside trainer: it has no spec, no worker, and is attempt 0 for ever.
+    `begins_with`, `begins_at`: number and step of the run whose checkpoint it begins from; columns of their own, since claims look through the queue.
     Of a run on `node_count` > 1 hosts `worker` and `devices` are those of node 0; every host has a Node.
     """
 
@@ -77,6 +90,10 @@ class Run(models.Model):
 
     parent = models.ForeignKey("self", models.SET_NULL, null=True, related_name="children")
     resume_from: models.JSONField[dict[str, Any] | None] = models.JSONField(null=True)
+    begins_with = models.GeneratedField(
+        expression=_named("run", models.BigIntegerField()), output_field=models.BigIntegerField(null=True), db_persist=True
+    )
+    begins_at = models.GeneratedField(expression=_named("step", models.IntegerField()), output_field=models.IntegerField(null=True), db_persist=True)
     tags = ArrayField(models.CharField(max_length=64), default=list)
     notes = models.TextField(default="", blank=True)
     starred = models.BooleanField(default=False)
@@ -118,6 +135,7 @@ class Run(models.Model):
             models.Index(fields=["project", "-created_at", "-id"], name="run_newest_of_project"),
             models.Index(fields=["-priority", "created_at", "id"], name="run_queue", condition=models.Q(state="queued")),
             models.Index(fields=["-priority", "created_at", "id"], name="run_queue_wide", condition=models.Q(state="queued", node_count__gt=1)),
+            models.Index(fields=["-priority", "created_at", "id"], name="run_queue_origin", condition=models.Q(state="queued") & HAS_ORIGIN),
             models.Index(fields=["lease_until"], name="run_leases", condition=models.Q(lease_until__isnull=False)),
             GinIndex(fields=["tags"], name="run_tags"),
         ]

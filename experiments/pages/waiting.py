@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from experiments.actions.books import WORKER_SILENT_S, n_cuda_of
+from experiments.actions.books import WORKER_SILENT_S, Books, n_cuda_of
 from experiments.actions.now import after_now
 from experiments.actions.source import bringers, with_source
 from experiments.models import Run, State, Worker
@@ -20,7 +20,7 @@ def waits_for(run: Run) -> str:
     share, most = run.world_size // run.node_count, max(map(n_cuda_of, alive))
     if run.device == "cuda" and share > most:
         return f"The run takes {share} CUDA device{'s' * (share > 1)} on a host, and no worker that is connected has more than {most}."
-    able = bringers(with_source(Run.objects.filter(pk=run.pk)).get(), alive)
+    able = bringers(with_source(Run.objects.filter(pk=run.pk)).get(), Books.read().possible(run))
     if able and len(able) < len(alive):
         names = [worker.name for worker in able[:_NAMED]] + [f"{len(able) - _NAMED} more"] * (len(able) > _NAMED)
         which = "the worker that has" if len(able) == 1 else "one of those that have"

@@ -210,8 +210,9 @@ class TestTheCheckpointsHost:
 class TestAQueueOfRunsThatCannotBeHad:
     @pytest.mark.parametrize("count", [3, 30])
     def test_they_hide_neither_a_run_on_several_hosts_nor_one_on_one_and_cost_no_query(self, count: int) -> None:
+        busy, taken = people.worker("busy"), people.queued()
+        assert ask(busy).run == taken  # type: ignore[union-attr]
         one, two = people.worker("one", slots=4), people.worker("two", slots=4)
-        busy = people.worker("busy", slots=0)
         many = {"parallel": {"data": 4, "nodes": 4}, "training": {"steps": 20, "batch_size": 4}}
         for index in range(count):
             bound = people.queued(**many) if index % 2 else pair()

@@ -7,22 +7,29 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from django.db import connection
 from django.test import Client
+from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 from rest_framework.test import APIClient
 
+from experiments.actions import attempt as engine
 from experiments.actions.attempt import IngestGrant, end_attempt, record_checkpoint, start_attempt
-from experiments.actions.source import UNREACHABLE
+from experiments.actions.now import after_now
+from experiments.actions.source import FETCH_AGAIN_S, UNREACHABLE
 from experiments.actions.stored import folder, handed_out
+from experiments.actions.token import issue
 from experiments.ingest.session import Session
-from experiments.models import Checkpoint, Run, State, Worker
+from experiments.models import Checkpoint, Project, Run, State, Worker
 from experiments.models.telemetry import SpoolCursor
 from experiments.telemetry.frame import FrameError
 from spec.events import CheckpointSaved, RunEnded, RunStarted
 from tests.experiments.engine import people
 from tests.experiments.engine.conftest import Speak
 from tests.experiments.engine.pairs import ask, pair
+from tests.experiments.telemetry.conftest import events_frame
 
+GPUS = ["cuda:0", "cuda:1"]
 URL = "file:///shared/checkpoints"
 
 
@@ -35,6 +42,10 @@ def sharing(name: str, storage: str = URL, **fields: Any) -> Worker:
 
 def gone(worker: Worker) -> None:
     Worker.objects.filter(pk=worker.pk).update(last_seen=timezone.now() - timedelta(minutes=5))
+
+
+def has_rested(run: Run) -> None:
+    Run.objects.filter(pk=run.pk).update(updated_at=after_now(-3600))
 
 
 def saves(run: Run, step: int, attempt: int = 1) -> Checkpoint:
@@ -110,10 +121,66 @@ class TestWhoMayTakeIt:
         assert ask(shares).run == run  # type: ignore[union-attr]
         leaves(run, UNREACHABLE)
         found = Run.objects.get(pk=run.pk)
-        assert (found.state, found.attempts_without_progress) == (State.QUEUED, 0)
+        assert (found.state, found.attempts_without_progress, found.attempts_not_taken) == (State.QUEUED, 0, 1)
+        has_rested(run)
         assert ask(shares) is None
         gone(home)
         assert ask(shares).run == run, "there is no other way"  # type: ignore[union-attr]
+
+    def test_after_the_homes_own_fetch_has_failed_any_may_try_again(self) -> None:
+        home, shares = sharing("home"), sharing("shares")
+        run = begun(home)
+        saves(run, 10)
+        stored(run, (1, 10))
+        leaves(run, UNREACHABLE)
+        assert ask(home) is None and ask(shares) is None, "not at once"
+        has_rested(run)
+        assert ask(shares).run == run  # type: ignore[union-attr]
+
+    def test_a_checkpoint_that_nobody_can_fetch_is_tried_ten_times_ever_more_seldom(self) -> None:
+        home, shares = sharing("home"), sharing("shares")
+        run = begun(home)
+        saves(run, 10)
+        stored(run, (1, 10))
+        leaves(run)
+        gone(home)
+        for tries in range(1, 11):
+            assert ask(shares).run == run  # type: ignore[union-attr]
+            leaves(run, UNREACHABLE)
+            wait_s = FETCH_AGAIN_S * 2 ** (tries - 1)
+            Run.objects.filter(pk=run.pk).update(updated_at=after_now(1 - wait_s))
+            assert ask(shares) is None
+            Run.objects.filter(pk=run.pk).update(updated_at=after_now(-wait_s))
+        found = Run.objects.get(pk=run.pk)
+        assert (found.state, found.reason, found.attempts_without_progress) == (State.FAILED, "restart_limit", 0)
+        assert found.detail.startswith("10 attempts in which a host could not fetch the checkpoint; the last ended with checkpoint_unreachable.")
+        assert "resume_from" in found.detail
+
+    def test_the_home_does_not_rest_after_a_fetch_of_others_and_a_start_forgets_them(self) -> None:
+        home, shares = sharing("home"), sharing("shares")
+        run = begun(home)
+        saves(run, 10)
+        stored(run, (1, 10))
+        leaves(run)
+        assert ask(shares)
+        leaves(run, UNREACHABLE)
+        assert ask(home).run == run  # type: ignore[union-attr]
+        start_attempt(run.pk, 3, RunStarted(attempt=3, at=1.0, resumed_from_step=10))
+        assert Run.objects.get(pk=run.pk).attempts_not_taken == 0
+
+    @pytest.mark.parametrize("lacks", ["token", "device"])
+    def test_only_those_are_waited_for_that_may_have_the_run_and_have_room_for_it(self, lacks: str) -> None:
+        home, other = people.worker("home", cuda=2), people.worker("other", cuda=2)
+        run = people.queued(parallel={"data": 2, "device": "cuda"})
+        Run.objects.filter(pk=run.pk).update(worker=home, progress_checkpoint_step=10)
+        assert ask(other, GPUS) is None
+        if lacks == "token":
+            Worker.objects.filter(pk=home.pk).update(token=issue(user=people.user("olga"), name="hers", scopes=["worker"]).token)
+        else:
+            Worker.objects.filter(pk=home.pk).update(devices=home.devices[:2])
+        with CaptureQueriesContext(connection) as queries:
+            assert ask(other, GPUS).run == run  # type: ignore[union-attr]
+        assert len(queries) < 35
 
     @pytest.mark.parametrize("how", ["start", "resume_from"])
     def test_a_run_that_begins_from_a_stored_checkpoint_of_another(self, how: str) -> None:
@@ -144,7 +211,8 @@ class TestWhoMayTakeIt:
         assert handed_out(run, shares)["checkpoints"][0]["place"].endswith("attempt-1/step-00000010") and row.storage == URL
 
     def test_hosts_that_cannot_bring_it_do_not_begin_while_one_lives_that_can(self) -> None:
-        home, shares = sharing("home"), sharing("shares", slots=0)
+        home, shares = sharing("home"), sharing("shares")
+        begun(shares)  # it is busy
         plain = [people.worker(name) for name in ("a", "b")]
         run = pair()
         Run.objects.filter(pk=run.pk).update(worker=home, progress_checkpoint_step=10)
@@ -173,6 +241,26 @@ class TestWhatIsSaid:
         stored(run, (1, 30))
         assert list(run.checkpoints.order_by("step").values_list("storage", "storage_problem")) == [("", ""), ("", ""), (URL, "")]
 
+    def test_one_frame_that_brings_the_checkpoint_and_the_end_loses_no_word(self) -> None:
+        run = begun(sharing("home"))
+        speaker = session(run)
+        speaker.hello()
+        checkpoints = [{"attempt": 1, "step": 10, "sha256": "1:10"}]
+        speaker.text(json.dumps({"type": "stored", "storage": URL, "checkpoints": checkpoints, "problem": None}))
+        saved = CheckpointSaved(step=10, at=1.0, path="/c/10", size_bytes=1, sha256="1:10", seconds=1.0)
+        end = RunEnded(at=1.0, outcome="paused", reason="worker_stopped")
+        really, seen = engine.end_attempt, []
+
+        def ends(*args: Any) -> None:
+            seen.append(Checkpoint.objects.get(run=run).storage)
+            really(*args)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine, "end_attempt", ends)
+            speaker.binary(events_frame(1, [saved, end]))
+        assert seen == [URL], "before anybody can claim it"
+        assert Run.objects.get(pk=run.pk).state == State.QUEUED
+
     def test_another_manifest_of_that_step_is_not_it(self) -> None:
         run = begun(sharing("home"))
         saves(run, 10)
@@ -199,6 +287,10 @@ class TestWhatIsSaid:
         word = json.dumps({"type": "damaged", "storage": URL, "place": f"{folder(first)}/attempt-1/step-00000020", "detail": "model.bin"})
         session(stranger).text(word)
         assert Checkpoint.objects.get(run=first).storage == URL
+        Run.objects.filter(pk=first.pk).update(project=Project.objects.create(name="others"))  # which Ada does not edit
+        session(run).text(word)
+        assert Checkpoint.objects.get(run=first).storage == URL
+        Run.objects.filter(pk=first.pk).update(project=Project.default())
         session(run).text(word)
         assert (Checkpoint.objects.get(run=first).storage, Checkpoint.objects.get(run=first).storage_problem) == ("", "model.bin")
 
@@ -254,3 +346,5 @@ class TestAPastThatTheRunHasLeft:
         assert rows == {(1, 10): (False, URL), (1, 30): (True, ""), (1, 40): (True, ""), (2, 20): (False, "")}
         told = handed_out(run, home)
         assert [(one["attempt"], one["step"]) for one in told["checkpoints"]] == [(2, 20), (1, 10)] and told["trained"] == 2
+        stored(run, (1, 10), (1, 30), (2, 20), attempt=2)  # its copy is still there
+        assert dict(Checkpoint.objects.filter(run=run).values_list("step", "storage")) == {10: URL, 20: URL, 30: "", 40: ""}
