@@ -62,7 +62,7 @@ class RunsQuery(Query):
     archived: bool = Field(False, description="Archived runs instead of the others.")
     starred: bool | None = Field(None, description="Only starred runs, or only the others.")
     parent: int | None = Field(None, ge=0, lt=2**63, description="Runs made from this one.")
-    order: Order = "-created_at"
+    order: Order = Field("-created_at", description="loss is the newest lm_loss, or loss where a run tells no other.")
     limit: int = Field(50, ge=1, le=MAX_LIMIT)
     cursor: str | None = Field(None, max_length=1000, description="next_cursor of the page before.")
 
@@ -95,7 +95,7 @@ class RunsQuery(Query):
         descending, name = self.order.startswith("-"), self.order.lstrip("-")
         # A run without a loss comes last either way round.
         never = Value(-_NEVER if descending else _NEVER, FloatField())
-        runs = runs.annotate(place=Coalesce(newest("loss"), never) if name == "loss" else F(name))
+        runs = runs.annotate(place=Coalesce(newest("lm_loss"), newest("loss"), never) if name == "loss" else F(name))
         if self.cursor is not None:
             value, last_id = _read_cursor(self.cursor, self.order)
             side = "lt" if descending else "gt"

@@ -9,7 +9,8 @@ from experiments.models import Run
 from experiments.telemetry.rows import LEVELS, query
 
 POINTS = 40
-METRIC = "loss"
+METRICS = ("lm_loss", "loss")
+"""The first that a run has: without balancing terms and extra predictions, where it tells that apart."""
 
 _STEPS = """
 SELECT w.run, s.vals[w.place] FROM unnest(%s::bigint[], %s::int[], %s::int[]) AS w(run, step, place)
@@ -28,9 +29,10 @@ def sparklines(run_ids: Sequence[int]) -> dict[int, list[float]]:
     buckets: list[tuple[int, int, int, int]] = []
     asked = Run.objects.filter(pk__in=run_ids).values_list("pk", "last_step", "metric_names", "spec__telemetry__every")
     for run_id, last, names, every in asked:
-        if METRIC not in names:
+        metric = next((metric for metric in METRICS if metric in names), None)
+        if metric is None:
             continue
-        place = names.index(METRIC) + 1
+        place = names.index(metric) + 1
         level = max((level for level in LEVELS if last >= POINTS * level), default=1)
         if level <= (every or 1):  # a run that tells rarely: buckets may be empty, so the steps that it told
             steps += [(run_id, step, place) for step in _told(last, every or 1)]

@@ -77,6 +77,10 @@ class TestTheList:
     def test_filters_and_orders(self, ada: APIClient, query: str, found: list[int]) -> None:
         assert names(ada.get(f"{RUNS}?{query}")) == [f"run {i}" for i in found]
 
+    def test_the_loss_is_without_balancing_terms_where_a_run_tells_that_apart(self, ada: APIClient, runs: list[Run]) -> None:
+        Run.objects.filter(pk=runs[3].pk).update(summary={"loss": 9.0, "lm_loss": 0.5})
+        assert names(ada.get(f"{RUNS}?order=loss&limit=1")) == ["run 3"]
+
     @pytest.mark.parametrize("order", ["loss", "-loss", "name", "-created_at"])
     def test_a_cursor_of_each_order_goes_on_where_the_page_ended(self, ada: APIClient, order: str) -> None:
         whole = names(ada.get(f"{RUNS}?order={order}"))
