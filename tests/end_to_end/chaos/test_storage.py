@@ -121,7 +121,7 @@ def test_another_host_goes_on_begins_and_writes_from_what_the_lost_one_has_store
     one.vanish()
     began = time.monotonic()
     lab.start("other")
-    lab.wait(lambda: lab.client.run(run)["attempt"] == 2 and lab.client.run(run)["state"] == "running", 60)
+    lab.wait(lambda: (found := lab.client.run(run))["attempt"] == 2 and found["state"] in ("running", "succeeded"), 60)  # it may be quick
     print(f"the other host went on after {time.monotonic() - began:.1f} s, from step {lab.client.run(run)['resumed_from_step']}")
     found = lab.client.wait(run, timeout_s=150)
     assert (found["state"], found["worker"]) == ("succeeded", "other") and found["resumed_from_step"] >= 40
