@@ -17,9 +17,9 @@ from typing import Any
 
 from workers.adopt import adopt
 from workers.claim import Claim, Held, Start
+from workers.disk import manifests
 from workers.fetch import AWAY, DISK_FULL, NOT_WHOLE, THERE, Fetch, Wanted
 from workers.ranks import ORIGIN
-from workers.storage import manifests
 
 PATIENCE_S = float(os.environ.get("MOELAB_FETCH_PATIENCE_S", "60"))
 """How long a storage that is away is asked again before the attempt ends."""

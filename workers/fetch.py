@@ -22,9 +22,11 @@ from typing import IO, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from spec.storage import Place
+from workers.disk import half_fetched
 from workers.linux import die_with_parent
+from workers.manifest import NotWhole
 from workers.ranks import SECRETS
-from workers.storage import TOKENIZER, Away, NotWhole, Storage, half_fetched, storage_url, told
+from workers.storage import TOKENIZER, Away, Storage, storage_url, told
 
 THERE, REFUSED, NOT_WHOLE, DISK_FULL, AWAY = 0, 64, 66, 74, 75
 _DEATH_S = 2.0

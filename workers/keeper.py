@@ -20,7 +20,9 @@ from typing import Any
 
 from spec.storage import place
 from workers.claim import Claim, Held
-from workers.storage import TOKENIZER, Away, Interrupted, NotWhole, Storage, published
+from workers.disk import published
+from workers.manifest import NotWhole
+from workers.storage import TOKENIZER, Away, Interrupted, Storage
 
 LAST_COPY_S = float(os.environ.get("MOELAB_LAST_COPY_TIMEOUT_S", "300"))
 """How long the end of an attempt waits for its last checkpoint."""

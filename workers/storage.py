@@ -8,24 +8,22 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 from spec.storage import PLACE, normalised
+from workers.disk import half_fetched, sync_directory, write
+from workers.manifest import MANIFEST, Item, NotWhole, listed
 
 VARIABLE = "MOELAB_CHECKPOINTS"
-MANIFEST, TOKENIZER = "MANIFEST.json", "tokenizer.json"
+TOKENIZER = "tokenizer.json"
 MAX_JSON_BYTES = 64 * 1024 * 1024
 """More than any manifest or tokenizer has."""
-_CHUNK_BYTES, _SYNC_BYTES = 4 * 1024 * 1024, 128 * 1024 * 1024
-_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}")
-_STEP = re.compile(r"step-([0-9]{8,10})")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+_CHUNK_BYTES = 4 * 1024 * 1024
 _WITHOUT_DIRECTORIES = frozenset({"s3", "gs", "az", "abfs", "abfss", "oss", "oci", "cos"})
 
 
@@ -33,19 +31,8 @@ class Away(Exception):  # noqa: N818
     """The storage does not answer, does not let us, or is full: another try may find it otherwise."""
 
 
-class NotWhole(Exception):  # noqa: N818
-    """The storage answers, and the checkpoint is not there or is not what its manifest says."""
-
-
 class Interrupted(Exception):  # noqa: N818
     """Nobody wants it any more."""
-
-
-class Item(NamedTuple):
-    """A file as a manifest lists it."""
-
-    size: int
-    sha256: str
 
 
 def storage_url() -> str:
@@ -64,23 +51,6 @@ def check_storage() -> str:
         with contextlib.suppress(Away):
             _opened(url)
     return url
-
-
-def listed(manifest: bytes, step: int) -> dict[str, Item]:
-    """The files of a manifest. Raises NotWhole unless it is one of this step, and names files that can lie in one directory only."""
-    try:
-        told = json.loads(manifest)
-        items = {name: Item(item["size"], item["sha256"]) for name, item in told["files"].items()}
-        right = told["step"] == step and items
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise NotWhole(f"the manifest cannot be read: {type(error).__name__}") from error
-    for name, item in items.items():
-        proper = _NAME.fullmatch(name) and name != MANIFEST and isinstance(item.sha256, str) and _SHA256.fullmatch(item.sha256)
-        if not proper or type(item.size) is not int or item.size < 0:
-            raise NotWhole(f"the manifest lists {name!r:.120}, which no checkpoint has")
-    if not right:
-        raise NotWhole("the manifest is of another step")
-    return items
 
 
 class Storage:
@@ -148,11 +118,11 @@ class Storage:
             work.mkdir(parents=True)
             for name, item in listed(manifest, step).items():
                 with self._reading(f"{place}/{name}") as source:
-                    _write_here(work / name, _checked(source, item, name, go_on))
-            _write_here(work / MANIFEST, iter([manifest]))
-            _sync_directory(work)
+                    write(work / name, _checked(source, item, name, go_on))
+            write(work / MANIFEST, iter([manifest]))
+            sync_directory(work)
             work.rename(final)
-            _sync_directory(into)
+            sync_directory(into)
         except BaseException:
             shutil.rmtree(work, ignore_errors=True)
             raise
@@ -308,46 +278,3 @@ def _checked(file: IO[bytes], item: Item, name: str, go_on: Callable[[], bool]) 
         yield chunk
     if size != item.size or digest.hexdigest() != item.sha256:
         raise NotWhole(f"{name} is not what the manifest says")
-
-
-def _write_here(path: Path, chunks: Iterator[bytes]) -> None:
-    """Syncs now and then: with all of a large file to write at its end, nothing would seem to move for minutes."""
-    unsynced = 0
-    with path.open("wb") as file:
-        for chunk in chunks:
-            file.write(chunk)
-            unsynced += len(chunk)
-            if unsynced >= _SYNC_BYTES:
-                os.fdatasync(file.fileno())
-                unsynced = 0
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def half_fetched(checkpoints: Path, place: str, pid: int) -> Path:
-    """Where the process `pid` gathers a checkpoint that is to lie in the directory. The trainer sweeps away those of the dead."""
-    return checkpoints / f"{place.rpartition('/')[2]}.{pid}.tmp"
-
-
-def published(checkpoints: Path) -> set[int]:
-    """The steps of the checkpoints in a directory: one that has its name is whole."""
-    if not checkpoints.is_dir():
-        return set()
-    return {int(match[1]) for path in checkpoints.iterdir() if (match := _STEP.fullmatch(path.name))}
-
-
-def manifests(checkpoints: Path) -> Mapping[int, str]:
-    """The SHA-256 of the manifest of each checkpoint in a directory."""
-    found = {}
-    for step in published(checkpoints):
-        with contextlib.suppress(OSError):  # removed meanwhile
-            found[step] = hashlib.sha256((checkpoints / f"step-{step:08d}" / MANIFEST).read_bytes()).hexdigest()
-    return found

@@ -113,7 +113,8 @@ def _fetch(run: int, step: int | None, run_dir: Path) -> None:
     """Brings a checkpoint of the run from the storage that this machine shares. Raises UsageError, which says where it is or what to do."""
     from moelab.client import ApiError, Client, ServerUnreachable
     from workers.fetch import Wanted, fetch
-    from workers.storage import Away, NotWhole, storage_url
+    from workers.manifest import NotWhole
+    from workers.storage import Away, storage_url
 
     try:
         with Client() as client:

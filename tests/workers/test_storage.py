@@ -26,7 +26,8 @@ from workers.claim import Claim
 from workers.fetch import AWAY, DISK_FULL, Wanted, fetch
 from workers.keeper import Keeper
 from workers.launch import launch
-from workers.storage import Away, Interrupted, NotWhole, Storage, check_storage, listed, storage_url, told
+from workers.manifest import NotWhole, listed
+from workers.storage import Away, Interrupted, Storage, check_storage, storage_url, told
 
 FOLDER = storage.folder(1, datetime(2026, 1, 1, tzinfo=UTC))
 PLACE = storage.place(FOLDER, 1, 10)
